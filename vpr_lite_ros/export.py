@@ -1,0 +1,209 @@
+"""Networks to a model bundle: ``place.onnx``, ``match.onnx`` and ``model.yaml``.
+
+Weights are stored as float16 and cast to float32 where they are used: half the size on disk,
+and a CPU backend folds the casts away when it loads the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import yaml
+from onnx import TensorProto, helper, numpy_helper
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vpr_lite_ros.inference import BUNDLE_FORMAT, MATCH_GRAPH, PLACE_GRAPH
+from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.place import PlaceNetwork
+
+OPSET = 18
+_SMALL = 256
+"""Tensors with fewer values stay float32: shapes' scalars and biases gain nothing."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which and why."""
+
+
+def save_networks(
+    path: Path, place: PlaceNetwork, match: PairMatcher, about: dict[str, Any]
+) -> None:
+    """Write both networks as one safetensors file; ``about`` says how they were trained."""
+    tensors = {f"place.{k}": v.contiguous() for k, v in place.state_dict().items()}
+    tensors |= {f"match.{k}": v.contiguous() for k, v in match.state_dict().items()}
+    shape = {
+        "image_size": list(place.image_size),
+        "clusters": place.vlad.clusters,
+        "dimension": place.vlad.dimension,
+        "max_patches": place.max_patches,
+    }
+    meta = {"networks": json.dumps(shape), "about": json.dumps(about)}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=meta)
+    temporary.replace(path)
+
+
+def load_networks(
+    path: Path, max_patches: int | None = None
+) -> tuple[PlaceNetwork, PairMatcher, dict[str, Any]]:
+    """Read what ``save_networks`` wrote; ``max_patches`` overrides the number of tokens kept.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged or not such a checkpoint.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        shape, about = json.loads(meta["networks"]), json.loads(meta["about"])
+        if max_patches is not None:
+            shape["max_patches"] = max_patches
+        place = PlaceNetwork(
+            tuple(shape["image_size"]), shape["clusters"], shape["dimension"], shape["max_patches"]
+        )
+        match = PairMatcher(shape["dimension"])
+        for network, prefix in ((place, "place."), (match, "match.")):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            network.load_state_dict(part, strict=True)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of the place and match networks: {error}. "
+            "Pass the .safetensors file that `vpr-lite train` wrote"
+        ) from error
+    return place.eval(), match.eval(), about
+
+
+def export_bundle(
+    place: PlaceNetwork,
+    match: PairMatcher,
+    about: dict[str, Any],
+    output: Path,
+    *,
+    name: str,
+    fold: bool = False,
+) -> Path:
+    """Write a model bundle to the folder ``output``, replacing one that is there.
+
+    Parameters
+    ----------
+    about
+        What the model card says: training data, time, recommended thresholds.
+    fold
+        Fold the backbone's branches into single convolutions (exact up to rounding).
+    """
+    if fold:
+        place = copy.deepcopy(place)
+        place.backbone = place.backbone.folded()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        draft = Path(folder) / "bundle"
+        draft.mkdir()
+        _export_place(place.eval(), draft / PLACE_GRAPH)
+        _export_match(match.eval(), place, draft / MATCH_GRAPH)
+        card = {
+            "format": BUNDLE_FORMAT,
+            "name": name,
+            "created": date.today().isoformat(),
+            "image_size": list(place.image_size),
+            "clusters": place.vlad.clusters,
+            "dimension": place.vlad.dimension,
+            "max_patches": place.max_patches,
+            "branches": "folded" if fold else "kept",
+            **about,
+            "sha256": {
+                graph: hashlib.sha256((draft / graph).read_bytes()).hexdigest()
+                for graph in (PLACE_GRAPH, MATCH_GRAPH)
+            },
+        }
+        text = yaml.safe_dump(card, sort_keys=False, width=96, allow_unicode=True)
+        (draft / "model.yaml").write_text(text, encoding="utf-8")
+        if output.exists():
+            if not (output / "model.yaml").exists():
+                raise FileExistsError(
+                    f"{output} exists and is no model bundle: choose another folder"
+                )
+            shutil.rmtree(output)
+        shutil.move(draft, output)
+    return output
+
+
+def _export_place(place: PlaceNetwork, path: Path) -> None:
+    width, height = place.image_size
+    image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    outputs = ["descriptor", "tokens", "centres"]
+    _export(place, (image,), ["image"], outputs, None, path)
+
+
+def _export_match(match: PairMatcher, place: PlaceNetwork, path: Path) -> None:
+    tokens = torch.zeros(1, place.max_patches, place.vlad.dimension)
+    candidates = tokens.repeat(3, 1, 1)
+    shapes = {"query": None, "candidates": {0: torch.export.Dim("candidates", min=1, max=4096)}}
+    _export(
+        match,
+        (tokens, candidates),
+        ["query", "candidates"],
+        ["scores", "assignment"],
+        shapes,
+        path,
+    )
+
+
+def _export(
+    network: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+    dynamic_shapes: dict[str, Any] | None,
+    path: Path,
+) -> None:
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            example,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _store_weights_as_float16(model)
+    # Names of source files and lines are of no use to those who run the graph.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def _store_weights_as_float16(model: onnx.ModelProto) -> None:
+    """Replace large float32 initialisers by float16 ones and a cast each."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if values.size < _SMALL:
+            continue
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            raise ValueError(f"{tensor.name} overflows float16: keep it as float32")
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_f16"))
+        casts.append(helper.make_node("Cast", [f"{name}_f16"], [name], to=TensorProto.FLOAT))
+    for cast in reversed(casts):
+        model.graph.node.insert(0, cast)

@@ -1,0 +1,166 @@
+"""From an assignment to a verdict: mutual matches, epipolar check, acceptance."""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import asdict, dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+MIN_SHARE = 0.1
+"""Least share of a patch's mass that must flow to its partner for the two to be a match."""
+
+
+class Status(enum.IntEnum):
+    """What became of a candidate; the numbers are those of ``LoopClosure.msg``."""
+
+    ACCEPTED = 0
+    LOW_SIMILARITY = 1
+    LOW_SCORE = 2
+    FEW_MATCHES = 3
+    GEOMETRY = 4
+    NOT_CONSISTENT = 5
+    ODOMETRY = 6
+    TOO_SOON = 7
+    LOW_CONFIDENCE = 8
+    NO_CANDIDATE = 9
+    NOT_BEST = 10
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Intrinsics as in ``sensor_msgs/CameraInfo``."""
+
+    width: int
+    height: int
+    """Size in pixels of the image that ``matrix`` speaks of."""
+    matrix: tuple[float, ...]
+    """K, nine numbers row by row: fx 0 cx, 0 fy cy, 0 0 1, in pixels."""
+    distortion: tuple[float, ...] = ()
+    model: str = "plumb_bob"
+    """``plumb_bob`` or ``rational_polynomial`` (OpenCV's), ``equidistant`` (fish-eye)."""
+
+    def __post_init__(self) -> None:
+        if self.model not in ("plumb_bob", "rational_polynomial", "equidistant"):
+            raise ValueError(
+                f"distortion model {self.model!r} is unknown: publish rectified images with "
+                "plumb_bob and no coefficients, or plumb_bob, rational_polynomial, equidistant"
+            )
+        if len(self.matrix) != 9 or self.matrix[0] <= 0 or self.matrix[4] <= 0:
+            raise ValueError(
+                f"camera matrix {self.matrix} has no focal lengths: the camera is not calibrated"
+            )
+        if self.width <= 0 or self.height <= 0:
+            raise ValueError(f"camera size {self.width}x{self.height} is not a size")
+
+    def rays(self, centres: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Points (N, 2), fractions of the image, to undistorted x / z, y / z (N, 2)."""
+        pixels = centres.astype(np.float64) * (self.width, self.height)
+        matrix = np.array(self.matrix).reshape(3, 3)
+        coefficients = np.array(self.distortion)
+        if self.model == "equidistant":
+            if not coefficients.size:
+                coefficients = np.zeros(4)
+            rays = cv2.fisheye.undistortPoints(pixels[:, None], matrix, coefficients[:4])
+        else:
+            rays = cv2.undistortPoints(pixels[:, None], matrix, coefficients)
+        return np.asarray(rays, np.float64).reshape(-1, 2)
+
+    def radians_per_pixel(self, input_width: int) -> float:
+        """Angle of one pixel of an image ``input_width`` wide, near the optical axis."""
+        return self.width / input_width / self.matrix[0]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Camera:
+        fields = json.loads(text)
+        fields["matrix"] = tuple(fields["matrix"])
+        fields["distortion"] = tuple(fields["distortion"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Patches of the query and of the candidate that chose each other."""
+
+    query: NDArray[np.int64]
+    """(M,) indices of the query's patches."""
+    candidate: NDArray[np.int64]
+    """(M,) indices of the candidate's patches."""
+    shares: NDArray[np.float32]
+    """(M,) mass that flows from one to the other, 0…1."""
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+@dataclass(frozen=True)
+class EpipolarFit:
+    """One camera motion and the matches that agree with it."""
+
+    inliers: NDArray[np.bool_]
+    """(M,) which matches agree."""
+    rotation: NDArray[np.float64]
+    """(3, 3) of the candidate's camera in the query's camera frame (optical)."""
+    direction: NDArray[np.float64]
+    """(3,) unit vector to the candidate's camera in the query's; its length is not known."""
+
+
+def mutual_matches(assignment: NDArray[np.float32], min_share: float = MIN_SHARE) -> Matches:
+    """Pairs of an assignment (N, M) that are each other's largest, with at least ``min_share``."""
+    best_candidate = assignment.argmax(axis=1)
+    best_query = assignment.argmax(axis=0)
+    query = np.arange(assignment.shape[0])
+    shares = assignment[query, best_candidate]
+    kept = (best_query[best_candidate] == query) & (shares >= min_share)
+    return Matches(query[kept], best_candidate[kept], shares[kept])
+
+
+def fit_epipolar(
+    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+) -> EpipolarFit | None:
+    """The camera motion that most matches agree with, or None if there is none.
+
+    Parameters
+    ----------
+    query_rays, candidate_rays
+        (M, 2) matched points as ``Camera.rays`` gives them.
+    tolerance
+        Largest distance to the epipolar line, in the same unit (radians near the axis).
+    """
+    if len(query_rays) < 5:
+        return None
+    # MAGSAC++ draws its samples from a generator with a fixed start: same input, same result.
+    essential, _ = cv2.findEssentialMat(
+        candidate_rays, query_rays, np.eye(3), cv2.USAC_MAGSAC, 0.999, tolerance, 1000
+    )
+    if essential is None or essential.shape != (3, 3):
+        return None
+    inliers = epipolar_distance(essential, candidate_rays, query_rays) <= tolerance
+    # recoverPose counts only points in front of both cameras, nearer than a great distance.
+    _, rotation, direction, mask, _ = cv2.recoverPose(
+        essential,
+        candidate_rays,
+        query_rays,
+        np.eye(3),
+        distanceThresh=1e9,
+        mask=inliers.astype(np.uint8)[:, None] * 255,
+    )
+    return EpipolarFit(mask.ravel() > 0, rotation, direction.ravel())
+
+
+def epipolar_distance(
+    essential: NDArray[np.float64], from_rays: NDArray[np.float64], to_rays: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(M,) Sampson distance of matched rays (M, 2) to their epipolar lines."""
+    x0 = np.concatenate([from_rays, np.ones((len(from_rays), 1))], axis=1)
+    x1 = np.concatenate([to_rays, np.ones((len(to_rays), 1))], axis=1)
+    line1, line0 = x0 @ essential.T, x1 @ essential
+    error = np.abs(np.sum(x1 * line1, axis=1))
+    slope = np.sqrt((line1[:, :2] ** 2).sum(axis=1) + (line0[:, :2] ** 2).sum(axis=1))
+    return np.asarray(error / np.maximum(slope, 1e-12))

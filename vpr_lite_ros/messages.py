@@ -1,0 +1,220 @@
+"""Between the detector's types and ROS messages, both ways. No node, no topics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point, PoseWithCovariance, Quaternion
+from nav_msgs.msg import Odometry
+from numpy.typing import NDArray
+from sensor_msgs.msg import CameraInfo
+from std_msgs.msg import ColorRGBA
+from visualization_msgs.msg import Marker, MarkerArray
+
+from vpr_lite_ros.database import Pose
+from vpr_lite_ros.detector import Candidate, Decision
+from vpr_lite_ros.matching import Camera, Status
+from vpr_lite_ros.msg import LoopClosure
+
+UNKNOWN_VARIANCE = 1e6
+"""Metres² and radians²: says nothing."""
+ROTATION_VARIANCE = 0.1**2
+"""Radians²: patches lie 16 px apart, so a rotation from them is good to some degrees."""
+
+OPTICAL_IN_BODY: NDArray[np.float64] = np.array(
+    [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
+)
+"""Rotation of a forward-looking optical frame (x right, y down, z forward) in the body's frame."""
+
+
+def stamp_ns(stamp: Time) -> int:
+    """Nanoseconds since the clock's zero."""
+    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
+
+
+def to_time(nanoseconds: int) -> Time:
+    return Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
+
+
+def to_pose(message: Odometry) -> Pose:
+    """Pose of the body in the odometry's frame; ``ValueError`` if it holds no finite pose."""
+    position, turn = message.pose.pose.position, message.pose.pose.orientation
+    values = (position.x, position.y, position.z, turn.x, turn.y, turn.z, turn.w)
+    norm = math.sqrt(sum(value * value for value in values[3:]))
+    if not all(math.isfinite(value) for value in values) or norm < 0.5:
+        raise ValueError(f"pose {values} is not finite or its quaternion is not of unit length")
+    return Pose(
+        (position.x, position.y, position.z),
+        (turn.x / norm, turn.y / norm, turn.z / norm, turn.w / norm),
+    )
+
+
+def to_camera(message: CameraInfo) -> Camera:
+    """Intrinsics; ``ValueError`` if the camera is not calibrated or its model is unknown."""
+    return Camera(
+        width=message.width,
+        height=message.height,
+        matrix=tuple(float(value) for value in message.k),
+        distortion=tuple(float(value) for value in message.d),
+        model=message.distortion_model or "plumb_bob",
+    )
+
+
+def to_messages(
+    decision: Decision,
+    *,
+    frame_id: str,
+    session: str,
+    robot_id: int,
+    model_id: str,
+    latency_ms: float,
+    optical_in_body: NDArray[np.float64],
+) -> list[LoopClosure]:
+    """One message for each candidate, the closure first; one of NO_CANDIDATE if there is none.
+
+    ``optical_in_body`` (3, 3) rotates from the camera's optical frame to the body's.
+    """
+    common = LoopClosure(
+        query_id=decision.keyframe_id or 0,
+        query_session=session,
+        robot_id=robot_id,
+        confidence=math.nan,
+        match_score=math.nan,
+        model_id=model_id,
+        latency_ms=latency_ms,
+        relative_pose=_unknown_pose(),
+        status=int(Status.NO_CANDIDATE),
+    )
+    common.header.stamp = to_time(decision.stamp_ns)
+    common.header.frame_id = frame_id
+    if not decision.candidates:
+        return [common]
+    ordered = sorted(decision.candidates, key=lambda one: (one is not decision.closure, one.rank))
+    return [_of_candidate(common, candidate, optical_in_body) for candidate in ordered]
+
+
+def _of_candidate(
+    common: LoopClosure, candidate: Candidate, optical_in_body: NDArray[np.float64]
+) -> LoopClosure:
+    message = LoopClosure(
+        header=common.header,
+        match_stamp=to_time(candidate.keyframe.stamp_ns),
+        query_id=common.query_id,
+        match_id=candidate.keyframe.id,
+        query_session=common.query_session,
+        match_session=candidate.keyframe.session,
+        robot_id=common.robot_id,
+        similarity=candidate.similarity,
+        match_score=candidate.match_score,
+        confidence=common.confidence,
+        num_matches=candidate.num_matches,
+        num_inliers=candidate.num_inliers,
+        rank=candidate.rank,
+        pose_type=LoopClosure.POSE_NONE,
+        relative_pose=common.relative_pose,
+        status=int(candidate.status),
+        model_id=common.model_id,
+        latency_ms=common.latency_ms,
+    )
+    if candidate.fit is not None:
+        message.pose_type = LoopClosure.POSE_ROTATION_AND_DIRECTION
+        rotation = optical_in_body @ candidate.fit.rotation @ optical_in_body.T
+        message.relative_pose = _pose_of(rotation, optical_in_body @ candidate.fit.direction)
+    return message
+
+
+def _unknown_pose() -> PoseWithCovariance:
+    pose = PoseWithCovariance()
+    pose.pose.orientation.w = 1.0
+    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 6).ravel()
+    return pose
+
+
+def _pose_of(
+    rotation: NDArray[np.float64], direction: NDArray[np.float64]
+) -> PoseWithCovariance:
+    """Rotation and a unit vector; its length is not known, so neither is the translation."""
+    pose = PoseWithCovariance()
+    x, y, z = (float(value) for value in direction)
+    pose.pose.position = Point(x=x, y=y, z=z)
+    qx, qy, qz, qw = quaternion(rotation)
+    pose.pose.orientation = Quaternion(x=qx, y=qy, z=qz, w=qw)
+    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_VARIANCE] * 3).ravel()
+    return pose
+
+
+def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """Unit quaternion (x, y, z, w), w ≥ 0, of a rotation matrix (3, 3)."""
+    r = rotation
+    # The largest eigenvector of this symmetric matrix is the quaternion, for any rotation.
+    k = np.array(
+        [
+            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
+            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
+            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
+            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
+        ]
+    )
+    x, y, z, w = np.linalg.eigh(k)[1][:, 3] * 1.0
+    sign = -1.0 if w < 0 else 1.0
+    return float(sign * x), float(sign * y), float(sign * z), float(sign * w)
+
+
+def rotation_matrix(turn: Quaternion) -> NDArray[np.float64]:
+    """Rotation matrix (3, 3) of a unit quaternion."""
+    x, y, z, w = turn.x, turn.y, turn.z, turn.w
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def to_markers(
+    frame_id: str,
+    keyframes: list[tuple[int, str, Pose]],
+    session: str,
+    closures: list[LoopClosure],
+) -> MarkerArray:
+    """This session's keyframes as a path and its closures as lines, in the odometry's frame."""
+    points = {
+        keyframe_id: Point(x=pose.position[0], y=pose.position[1], z=pose.position[2])
+        for keyframe_id, of_session, pose in keyframes
+        if of_session == session
+    }
+    path = Marker(ns="keyframes", id=0, type=Marker.LINE_STRIP, action=Marker.ADD)
+    path.points = list(points.values())
+    path.color = ColorRGBA(r=0.3, g=0.5, b=0.9, a=1.0)
+    path.scale.x = 0.1
+    lines = Marker(ns="closures", id=1, type=Marker.LINE_LIST, action=Marker.ADD)
+    for closure in closures:
+        if closure.query_id in points and closure.match_id in points:
+            lines.points += [points[closure.query_id], points[closure.match_id]]
+    lines.color = ColorRGBA(r=0.2, g=0.85, b=0.2, a=1.0)
+    lines.scale.x = 0.15
+    for marker in (path, lines):
+        marker.header.frame_id = frame_id
+        marker.pose.orientation.w = 1.0
+    return MarkerArray(markers=[path, lines])
+
+
+def to_diagnostics(
+    stamp: Time, node_name: str, level: int, message: str, values: Mapping[str, object]
+) -> DiagnosticArray:
+    """One status named after the node; ``level`` is OK, WARN or ERROR of DiagnosticStatus."""
+    status = DiagnosticStatus(
+        level=bytes([level]),
+        name=f"{node_name}: detector",
+        message=message,
+        hardware_id="",
+        values=[KeyValue(key=key, value=str(value)) for key, value in values.items()],
+    )
+    array = DiagnosticArray(status=[status])
+    array.header.stamp = stamp
+    return array

@@ -1,0 +1,183 @@
+"""The trainable matcher: attention and optimal transport (paper, 2.3 and 2.4).
+
+It is cut in two where an image ends: ``SelfAttention`` looks at one image and runs once a
+keyframe; ``PairMatcher`` looks at two and runs once a candidate.
+
+Untrained, the matcher passes descriptors through: every residual branch ends in zeros and the
+final projection is the identity, so what is transported are the raw patch descriptors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+HEADS = 4
+
+
+class PositionalEncoding(nn.Module):
+    """Patch centres (…, 2), fractions of the image, to what is added to descriptors (…, D)."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        widths = (2, 32, 64, 128, 256)
+        layers: list[nn.Module] = []
+        for in_width, out_width in itertools.pairwise(widths):
+            layers += [nn.Linear(in_width, out_width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, _zeros(nn.Linear(widths[-1], dimension)))
+
+    def forward(self, centres: Tensor) -> Tensor:
+        out: Tensor = self.layers(2 * centres - 1)
+        return out
+
+
+class Residual(nn.Module):
+    """``x`` plus an MLP of ``x`` and the message that attention brought it."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * dimension, 2 * dimension)
+        self.norm = nn.LayerNorm(2 * dimension)
+        self.out = _zeros(nn.Linear(2 * dimension, dimension))
+
+    def forward(self, x: Tensor, message: Tensor) -> Tensor:
+        hidden = self.norm(self.hidden(torch.cat([x, message], dim=-1)))
+        out: Tensor = x + self.out(torch.relu(hidden))
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Attention among the patches of one image (equation 3), after the positional encoding.
+
+    The two spaces f and g in which patches are compared have half the width of the values, as
+    the paper leaves their width free and comparing needs less than telling.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.position = PositionalEncoding(dimension)
+        self.f = nn.Linear(dimension, dimension // 2)
+        self.g = nn.Linear(dimension, dimension // 2)
+        self.value = nn.Linear(dimension, dimension)
+        self.merge = nn.Linear(dimension, dimension)
+        self.residual = Residual(dimension)
+
+    def forward(self, patches: Tensor, centres: Tensor) -> Tensor:
+        """Descriptors (B, N, D) and centres (B, N, 2) to tokens (B, N, D)."""
+        x = patches + self.position(centres)
+        f, g, value = (_split_heads(layer(x)) for layer in (self.f, self.g, self.value))
+        weights = torch.softmax(f @ g.transpose(-1, -2) / math.sqrt(f.shape[-1]), dim=-1)
+        out: Tensor = self.residual(x, self.merge(_join_heads(weights @ value)))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Each patch looks at the other image's; one set of weights serves both directions."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(dimension, dimension)
+        self.value = nn.Linear(dimension, dimension)
+        self.merge = nn.Linear(dimension, dimension)
+        self.residual = Residual(dimension)
+
+    def forward(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (1, N, D) and (B, M, D) to (B, N, D) and (B, M, D)."""
+        key0, key1 = _split_heads(self.key(x0)), _split_heads(self.key(x1))
+        value0, value1 = _split_heads(self.value(x0)), _split_heads(self.value(x1))
+        similarity = key0 @ key1.transpose(-1, -2) / math.sqrt(key0.shape[-1])
+        message0 = torch.softmax(similarity, dim=-1) @ value1
+        message1 = torch.softmax(similarity.transpose(-1, -2), dim=-1) @ value0
+        x0 = x0.expand(x1.shape[0], -1, -1)
+        return (
+            self.residual(x0, self.merge(_join_heads(message0))),
+            self.residual(x1, self.merge(_join_heads(message1))),
+        )
+
+
+class PairMatcher(nn.Module):
+    """Cross-attention, final projection, inner products and optimal transport (equation 4)."""
+
+    def __init__(self, dimension: int = 512, sinkhorn_iterations: int = 20) -> None:
+        super().__init__()
+        self.cross = CrossAttention(dimension)
+        self.project = nn.Linear(dimension, dimension)
+        nn.init.eye_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        # Inner products of unit vectors lie in −1…1; the temperature spreads them so that
+        # transport can tell them apart, the dustbin is the similarity that is no match.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(20.0)))
+        self.dustbin = nn.Parameter(torch.tensor(0.4))
+        self.sinkhorn_iterations = sinkhorn_iterations
+
+    def forward(self, query: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Match one query with B candidates.
+
+        Parameters
+        ----------
+        query
+            (1, N, D) tokens of one image.
+        candidates
+            (B, M, D) tokens of the others.
+
+        Returns
+        -------
+        scores
+            (B,) transported mass between real patches, 0…1.
+        assignment
+            (B, N, M) share of each query patch that goes to each candidate patch.
+        """
+        log_plan = self.log_plan(query, candidates)
+        assignment = log_plan[:, :-1, :-1].exp()
+        fewer = min(query.shape[1], candidates.shape[1])
+        return assignment.sum(dim=(1, 2)) / fewer, assignment
+
+    def log_plan(self, query: Tensor, candidates: Tensor) -> Tensor:
+        """(B, N + 1, M + 1) log of the transport plan, dustbins last (for the loss)."""
+        x0, x1 = self.cross(query, candidates)
+        x0, x1 = self.project(x0), self.project(x1)
+        temperature = self.log_temperature.exp()
+        similarity = x0 @ x1.transpose(1, 2)
+        return log_sinkhorn(
+            similarity * temperature, self.dustbin * temperature, self.sinkhorn_iterations
+        )
+
+
+def log_sinkhorn(scores: Tensor, dustbin: Tensor, iterations: int) -> Tensor:
+    """Entropy-regularised optimal transport with dustbins, in log space.
+
+    ``scores`` (B, N, M), ``dustbin`` a scalar score. Each patch has mass 1, the two dustbins
+    can take the other side's whole mass. Returns the log of the plan, (B, N + 1, M + 1).
+    """
+    rows, columns = scores.shape[1], scores.shape[2]
+    right = dustbin.expand(scores.shape[0], rows, 1)
+    below = dustbin.expand(scores.shape[0], 1, columns + 1)
+    scores = torch.cat([torch.cat([scores, right], dim=2), below], dim=1)
+    log_mass0 = torch.zeros(rows + 1).to(scores)
+    log_mass0[-1] = math.log(columns)
+    log_mass1 = torch.zeros(columns + 1).to(scores)
+    log_mass1[-1] = math.log(rows)
+    v = torch.zeros_like(scores[:, 0, :])
+    u = torch.zeros_like(scores[:, :, 0])
+    for _ in range(iterations):
+        u = log_mass0 - torch.logsumexp(scores + v[:, None, :], dim=2)
+        v = log_mass1 - torch.logsumexp(scores + u[:, :, None], dim=1)
+    return scores + u[:, :, None] + v[:, None, :]
+
+
+def _zeros(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    """(B, N, D) to (B, heads, N, D / heads)."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)

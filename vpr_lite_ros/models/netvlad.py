@@ -1,0 +1,82 @@
+"""NetVLAD over the whole map and over its 2×2 patches (paper, equations 1 and 2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PATCH_SIZE = 2
+"""Side of a patch in cells of the feature map; stride 1, no padding, one scale."""
+
+
+def patch_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches on a map of ``height`` × ``width`` cells (equation 2)."""
+    return height - PATCH_SIZE + 1, width - PATCH_SIZE + 1
+
+
+class NetVLAD(nn.Module):
+    """Soft-assigned residuals to K clusters, then PCA with whitening to D (equation 1).
+
+    Works on L2-normalised features. The same clusters and the same projection serve the whole
+    image and each patch, so that both live in one space.
+    """
+
+    def __init__(self, width: int = 192, clusters: int = 32, dimension: int = 512) -> None:
+        super().__init__()
+        self.clusters, self.dimension = clusters, dimension
+        self.assign = nn.Linear(width, clusters)
+        self.centroids = nn.Parameter(F.normalize(torch.randn(clusters, width), dim=1))
+        self.pca = nn.Linear(clusters * width, dimension)
+
+    @torch.no_grad()
+    def set_clusters(self, centroids: Tensor, sharpness: float) -> None:
+        """Start from k-means: ``centroids`` (K, C); softmax of −``sharpness`` · distance²."""
+        self.centroids.copy_(centroids)
+        self.assign.weight.copy_(2 * sharpness * centroids)
+        self.assign.bias.copy_(-sharpness * centroids.square().sum(dim=1))
+
+    @torch.no_grad()
+    def set_pca(self, mean: Tensor, components: Tensor, variances: Tensor) -> None:
+        """Whitening projection: ``mean`` (K·C), ``components`` (D, K·C), ``variances`` (D)."""
+        weight = components / variances.sqrt()[:, None]
+        self.pca.weight.copy_(weight)
+        self.pca.bias.copy_(-weight @ mean)
+
+    def soft_assign(self, features: Tensor) -> Tensor:
+        """Features (…, C), unit length, to their share in each cluster (…, K)."""
+        return torch.softmax(self.assign(features), dim=-1)
+
+    def aggregate(self, features: Tensor, shares: Tensor) -> Tensor:
+        """VLAD of groups of cells: features (G, S, C), shares (G, S, K) to (G, K·C)."""
+        residuals = shares.transpose(1, 2) @ features
+        residuals = residuals - shares.sum(dim=1)[:, :, None] * self.centroids
+        # Intra-normalisation per cluster, so that a repeated texture does not outshout the rest.
+        return F.normalize(F.normalize(residuals, dim=2, eps=1e-6).flatten(1), dim=1)
+
+    def project(self, vlad: Tensor) -> Tensor:
+        """VLAD (…, K·C) to unit vectors (…, D)."""
+        return F.normalize(self.pca(vlad), dim=-1)
+
+
+def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cells and centres of all patches of a map.
+
+    Returns
+    -------
+    cells
+        (P, 4) int64: indices into the map's flattened cells, row by row.
+    centres
+        (P, 2) float32: x, y of each patch's centre as a fraction of the image's width and
+        height. Cell i of the backbone is centred on input pixel 16 i (padding is symmetric),
+        so the centre of cells i and i + 1 is at 16 i + 8, that is (i + 0.5) / cells.
+    """
+    rows, columns = patch_grid(height, width)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    row, column = row.flatten(), column.flatten()
+    cells = torch.stack(
+        [(row + dr) * width + column + dc for dr in range(PATCH_SIZE) for dc in range(PATCH_SIZE)],
+        dim=1,
+    )
+    centres = torch.stack([(column + 0.5) / width, (row + 0.5) / height], dim=1)
+    return cells, centres

@@ -1,0 +1,82 @@
+"""All that one image goes through, in one network: what ``place.onnx`` holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vpr_lite_ros.models.matcher import SelfAttention
+from vpr_lite_ros.models.netvlad import NetVLAD, patch_cells, patch_grid
+from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
+
+
+class PlaceNetwork(nn.Module):
+    """Image to global descriptor, patch tokens and the patches' centres."""
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (640, 480),
+        clusters: int = 32,
+        dimension: int = 512,
+        max_patches: int = 1131,
+    ) -> None:
+        super().__init__()
+        width, height = image_size
+        if width % STRIDE or height % STRIDE:
+            raise ValueError(f"image_size {image_size} must be multiples of {STRIDE}")
+        map_size = (height // STRIDE, width // STRIDE)
+        rows, columns = patch_grid(*map_size)
+        if not 1 <= max_patches <= rows * columns:
+            raise ValueError(f"max_patches {max_patches} must be within 1…{rows * columns}")
+        self.image_size, self.max_patches = image_size, max_patches
+        self.backbone = RepVGGLite()
+        self.vlad = NetVLAD(RepVGGLite.width, clusters, dimension)
+        self.self_attention = SelfAttention(dimension)
+        cells, centres = patch_cells(*map_size)
+        self.cells: Tensor
+        self.centres: Tensor
+        self.register_buffer("cells", cells, persistent=False)
+        self.register_buffer("centres", centres, persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Describe one image.
+
+        Parameters
+        ----------
+        image
+            (1, H, W, 3) uint8, RGB.
+
+        Returns
+        -------
+        descriptor
+            (1, D) unit vector of the whole image.
+        tokens
+            (1, N, D) patches after self-attention, N = ``max_patches``.
+        centres
+            (1, N, 2) x, y of each patch as fractions of the image's width and height.
+        """
+        features = self.local_features(image)
+        cells = F.normalize(features, dim=2)
+        shares = self.vlad.soft_assign(cells)
+        descriptor = self.vlad.project(self.vlad.aggregate(cells, shares))
+        chosen = self.salient_patches(features)
+        cells_of_chosen = self.cells[chosen]
+        patches = self.vlad.project(
+            self.vlad.aggregate(cells[0][cells_of_chosen], shares[0][cells_of_chosen])
+        )
+        centres = self.centres[chosen][None]
+        return descriptor, self.self_attention(patches[None], centres), centres
+
+    def local_features(self, image: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised."""
+        standardised = standardise(image.permute(0, 3, 1, 2).contiguous().float())
+        out: Tensor = self.backbone(standardised)
+        return out.flatten(2).transpose(1, 2)
+
+    def salient_patches(self, features: Tensor) -> Tensor:
+        """Indices (N,) of the patches kept, of features (1, cells, C)."""
+        if self.max_patches == self.cells.shape[0]:
+            return torch.arange(self.max_patches)
+        salience = features[0].norm(dim=1)[self.cells].sum(dim=1)
+        return torch.topk(salience, self.max_patches).indices

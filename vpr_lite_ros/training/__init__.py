@@ -1,0 +1,1 @@
+"""Learning the networks' weights. Imports torch; running a model does not need it."""

@@ -1,0 +1,98 @@
+"""What can be fitted without gradient steps: clusters by k-means, projection by PCA whitening."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import cv2
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from vpr_lite_ros.image import Image, fit
+from vpr_lite_ros.models.place import PlaceNetwork
+from vpr_lite_ros.models.repvgg import RepVGGLite
+from vpr_lite_ros.training.augment import distort
+
+log = logging.getLogger(__name__)
+
+FEATURES_PER_IMAGE = 60
+SHARPNESS = 30.0
+"""Of the soft assignment: shares are softmax(−sharpness · squared distance)."""
+
+
+def fit_place_network(
+    backbone: RepVGGLite,
+    images: list[Path],
+    *,
+    image_size: tuple[int, int] = (640, 480),
+    clusters: int = 32,
+    dimension: int = 512,
+    max_patches: int,
+    seed: int = 0,
+) -> PlaceNetwork:
+    """Put clusters and a whitening projection on top of ``backbone``.
+
+    Every image is seen as it is and once distorted (another light, season or camera), so that
+    directions in which a place changes with the light have large variance and are whitened
+    down. ``images`` must give at least ``dimension`` pictures.
+    """
+    if 2 * len(images) < dimension:
+        raise ValueError(f"{len(images)} images cannot span {dimension} dimensions: give more")
+    place = PlaceNetwork(image_size, clusters, dimension, max_patches)
+    place.backbone = backbone
+    place.eval()
+    rng = np.random.default_rng(seed)
+    maps: list[Tensor] = []
+    for path in tqdm(images, desc="describe"):
+        image = fit(read_rgb(path), image_size)
+        maps += [local_features(place, image), local_features(place, distort(image, rng))]
+    sample = torch.cat([cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps])
+    place.vlad.set_clusters(torch.from_numpy(k_means(sample.numpy(), clusters, seed)), SHARPNESS)
+    vlads = torch.cat([whole_image_vlad(place, cells) for cells in maps])
+    mean, components, variances = principal_components(vlads, dimension)
+    log.info("PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vlads.var(0).sum()))
+    place.vlad.set_pca(mean, components, variances)
+    return place
+
+
+@torch.no_grad()
+def local_features(place: PlaceNetwork, image: Image) -> Tensor:
+    """(cells, 192) unit vectors of an image of the network's size."""
+    return F.normalize(place.local_features(torch.from_numpy(image)[None])[0], dim=1)
+
+
+@torch.no_grad()
+def whole_image_vlad(place: PlaceNetwork, cells: Tensor) -> Tensor:
+    """(1, K·C) of (cells, 192)."""
+    return place.vlad.aggregate(cells[None], place.vlad.soft_assign(cells)[None])
+
+
+def k_means(features: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+    """(clusters, C) centroids of unit vectors (M, C)."""
+    means = faiss.Kmeans(
+        features.shape[1], clusters, niter=40, nredo=3, seed=seed, max_points_per_centroid=10**6
+    )
+    means.train(np.ascontiguousarray(features, np.float32))
+    return np.asarray(means.centroids, np.float32)
+
+
+def principal_components(vectors: Tensor, dimension: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C), the ``dimension`` first components (dimension, C) and their variances."""
+    mean = vectors.mean(dim=0)
+    _, singular, components = torch.linalg.svd((vectors - mean).double(), full_matrices=False)
+    variances = singular[:dimension].square() / (len(vectors) - 1)
+    return mean, components[:dimension].float(), variances.float()
+
+
+def read_rgb(path: Path) -> Image:
+    """An image file as RGB; ``ValueError`` if it cannot be read."""
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise ValueError(f"{path} cannot be read as an image: remove it or mend it")
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
