@@ -200,7 +200,7 @@ def test_search_equals_brute_force(open_database: Open, reopened: bool) -> None:
     stored = []
     for session, count in (("old", 40), ("older", 23), ("monday", 70)):
         database = open_database(session)
-        for i in range(count):
+        for _ in range(count):
             seed, stamp = int(rng.integers(1 << 30)), int(rng.integers(0, 100 * SECOND))
             keyframe_id = database.add(stamp, _describe(seed))
             stored.append((keyframe_id, session, stamp, _describe(seed).descriptor))
@@ -278,7 +278,7 @@ def test_memory_holds_a_bounded_number_of_tokens(
 
 def test_the_shipped_limit_is_a_few_hundred_images() -> None:
     one_image = 1131 * 512 * 2
-    assert 20 <= module.TOKEN_CACHE_BYTES / one_image
+    assert module.TOKEN_CACHE_BYTES / one_image >= 20
     assert module.TOKEN_CACHE_BYTES <= 256 * 2**20
 
 

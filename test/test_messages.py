@@ -13,12 +13,12 @@ pytest.importorskip("rclpy", reason="ROS messages cannot be imported: run make t
 from geometry_msgs.msg import Quaternion
 from nav_msgs.msg import Odometry
 from sensor_msgs.msg import CameraInfo
+from vpr_lite_ros.msg import LoopClosure
 
 from vpr_lite_ros import messages
 from vpr_lite_ros.database import Keyframe, Pose
 from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.matching import EpipolarFit, Matches, Status
-from vpr_lite_ros.msg import LoopClosure
 
 
 def rotation_about(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:

@@ -9,16 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from conftest import Image, MakePicture
-
-rclpy = pytest.importorskip("rclpy", reason="rclpy cannot be imported: run make test, or source ROS")
+rclpy = pytest.importorskip("rclpy", reason="rclpy cannot be imported: source a ROS 2")
 
 # Tests keep to this machine and out of the way of a robot's own topics. Set before rclpy.init.
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
@@ -32,10 +32,11 @@ from sensor_msgs.msg import CameraInfo, CompressedImage  # noqa: E402
 from sensor_msgs.msg import Image as ImageMessage  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
 from visualization_msgs.msg import MarkerArray  # noqa: E402
-
 from vpr_lite_ros.msg import LoopClosure  # noqa: E402
 from vpr_lite_ros.srv import GetLoopClosures, QueryImage  # noqa: E402
 
+Image = NDArray[np.uint8]
+MakePicture = Callable[..., Image]
 SIZE = (160, 128)
 LATCHED = QoSProfile(
     depth=1000,
@@ -91,7 +92,8 @@ class Robot:
         self.process = start_node(namespace, settings, log)
         self.wait(lambda: self.camera.get_subscription_count() > 0, "the node to subscribe")
         for topic in ("loop_closures", "loop_closure/match_image", "loop_closure/markers"):
-            self.wait(lambda t=topic: self.node.count_publishers(f"{namespace}/{t}") > 0, topic)
+            found = partial(self.node.count_publishers, f"{namespace}/{topic}")
+            self.wait(lambda found=found: found() > 0, topic)  # type: ignore[misc]
 
     def _listen(self, kind: type, topic: str, qos: Any) -> None:
         heard = self.heard[topic.rsplit("/", 1)[-1]] = []
@@ -160,7 +162,8 @@ class Robot:
 def start_node(
     namespace: str, settings: dict[str, object], log: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, "-m", "vpr_lite_ros.node", "--ros-args", "-r", f"__ns:={namespace}"]
+    arguments = [sys.executable, "-m", "vpr_lite_ros.node"]
+    arguments += ["--ros-args", "-r", f"__ns:={namespace}"]
     for name, value in settings.items():
         arguments += ["-p", f"{name}:={value if value != '' else chr(39) * 2}"]
     output = log.open("wb") if log else None
