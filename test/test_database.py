@@ -152,7 +152,8 @@ def test_reset_empties_file_and_memory(open_database: Open) -> None:
 
 def test_unknown_ids_are_named(open_database: Open, path: Path) -> None:
     database = open_database()
-    for ask in (database.keyframe, lambda i: database.tokens([i]), database.thumbnail):
+    assert database.thumbnail(77) == b""
+    for ask in (database.keyframe, lambda i: database.tokens([i])):
         with pytest.raises(KeyError) as caught:
             ask(77)
         assert "77" in str(caught.value) and str(path) in str(caught.value)
@@ -276,7 +277,7 @@ def test_memory_holds_a_bounded_number_of_tokens(
     assert len(open_database()._tokens) == 0, "loading reads no tokens"
 
 
-def test_the_shipped_limit_is_a_few_hundred_images() -> None:
+def test_the_shipped_limit_holds_a_re_ranking_and_little_more() -> None:
     one_image = 1131 * 512 * 2
     assert module.TOKEN_CACHE_BYTES / one_image >= 20
     assert module.TOKEN_CACHE_BYTES <= 256 * 2**20
@@ -315,7 +316,11 @@ def test_somebody_elses_sqlite_file_is_refused_and_left_alone(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("content", [b"hello\n" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [b"hello\n" * 1000, b"SQLite format 3\0" + b"\xff" * 5000],
+    ids=["text", "broken"],
+)
 def test_a_file_that_is_no_database_is_refused_and_left_alone(
     open_database: Open, path: Path, content: bytes
 ) -> None:
@@ -348,7 +353,9 @@ def test_a_folder_and_a_missing_folder_are_refused(open_database: Open, path: Pa
 
 
 @pytest.mark.parametrize(
-    "blob", [b"", b"\0" * (4 * DIMENSION - 1), b"\0" * (4 * DIMENSION + 4), b"\xff" * 4 * DIMENSION]
+    "blob",
+    [b"", bytes(4 * DIMENSION - 1), bytes(4 * DIMENSION + 4), b"\xff" * 4 * DIMENSION],
+    ids=["empty", "cut", "longer", "nan"],
 )
 def test_a_damaged_descriptor_is_named(open_database: Open, path: Path, blob: bytes) -> None:
     database = open_database()

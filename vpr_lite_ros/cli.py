@@ -123,6 +123,26 @@ def export(args: argparse.Namespace) -> int:
     return OK
 
 
+def train(args: argparse.Namespace) -> int:
+    """Make a model: `distil` a backbone, then `fit` clusters, projection and thresholds."""
+    try:
+        from vpr_lite_ros.training.distill import DistillConfig, distil
+        from vpr_lite_ros.training.recipe import FitConfig, fit_bundle, read_recipe
+    except ImportError as error:
+        print(
+            f"vpr-lite: error: training needs torch ({error}): "
+            "pip install -r requirements/train.txt",
+            file=sys.stderr,
+        )
+        return FAILED
+    logging.getLogger("vpr_lite_ros").setLevel(logging.INFO)
+    if args.stage == "distil":
+        print(distil(read_recipe(args.config, "distil", DistillConfig)))
+    else:
+        print(fit_bundle(read_recipe(args.config, "fit", FitConfig)))
+    return OK
+
+
 def parameters(args: argparse.Namespace) -> int:
     """Print every parameter with its default, as a ROS parameter file."""
     print(config.shipped_yaml(), end="")
@@ -194,6 +214,10 @@ def _make_parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--max-patches", type=_whole, metavar="N", help="tokens kept of an image; empty: all"
     )
+
+    options = command(train)
+    options.add_argument("stage", choices=("distil", "fit"), help="which stage to run")
+    options.add_argument("config", type=Path, help="training configuration (YAML)")
 
     command(parameters)
     return parser

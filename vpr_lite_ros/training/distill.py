@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ _SHIFT = STRIDE - 1
 class DistillConfig:
     """What to learn from, for how long; every field ends up in the checkpoint."""
 
-    images: tuple[str, ...]
+    images: Sequence[str]
     """Folders of training images; searched for JPEG and PNG files."""
     teachers: str
     """Folder with ``mobilenet_v1.npz`` and ``resnet18_to_layer3.npz``."""
@@ -66,7 +66,7 @@ class DistillConfig:
 class Crops(Dataset[tuple[Tensor, Tensor]]):
     """Item i: (clean crop, distorted crop), uint8 (3, S, S), the same for the same seed and i."""
 
-    def __init__(self, folders: tuple[str, ...], size: int, seed: int) -> None:
+    def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
         self.size, self.seed = size, seed
         self.folders = [
             [_read(path) for path in tqdm(list(image_files(Path(folder))), desc=folder)]
