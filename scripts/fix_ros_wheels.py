@@ -1,8 +1,9 @@
-"""Point the CMake targets of the ROS 2 wheels at this environment's headers.
+"""Mend what the ROS 2 wheels have wrong for this environment.
 
-The wheels' exported targets name the include folders of Python and NumPy on the machine
-that built them. This rewrites both to those of the interpreter that runs it. Running it
-again changes nothing, unless Python or NumPy has changed: then it follows.
+Their exported CMake targets name the include folders of Python and NumPy on the machine that
+built them; this rewrites both to those of the interpreter that runs it. The wheel of cv_bridge,
+unlike the real one, takes 16UC1 … 16UC4 for 8 bits and does not know yuv422. Running this again
+changes nothing, unless Python or NumPy has changed: then it follows.
 """
 
 import re
@@ -32,6 +33,18 @@ def fix_targets(share: Path, python_include: str, numpy_include: str) -> tuple[i
     return len(files), changed
 
 
+def fix_cv_bridge(file: Path) -> bool:
+    """Mend the table of encodings in the wheel's `file`; return whether it had to be."""
+    before = file.read_text()
+    after = re.sub(r'("16UC(\d)": cv2\.)CV_8UC\d', r"\1CV_16UC\2", before)
+    if '"yuv422":' not in after:
+        names = "".join(f'    "{name}": cv2.CV_8UC2,\n' for name in ("yuv422", "yuv422_yuy2"))
+        after = after.replace("_CV_TYPES = {\n", "_CV_TYPES = {\n" + names)
+    if after != before:
+        file.write_text(after)
+    return after != before
+
+
 def main() -> int:
     """Fix the environment of the running interpreter."""
     share = Path(sys.prefix) / "share"
@@ -48,6 +61,9 @@ def main() -> int:
     if found == 0:
         print(f"error: no ROS 2 wheels below {share}", file=sys.stderr)
         return 1
+    cv_bridge = Path(sysconfig.get_paths()["purelib"]) / "cv_bridge/boost/cv_bridge_boost.py"
+    if cv_bridge.is_file():  # the real one is compiled and has no such file
+        fix_cv_bridge(cv_bridge)
     print(f"    {found} ROS 2 message packages checked, {changed} adapted to this Python")
     return 0
 

@@ -227,3 +227,17 @@ def test_adapting_the_ros_wheels_a_second_time_changes_nothing(tmp_path: Path) -
     assert fix_targets(tmp_path, *here) == (1, 1)
     assert targets.read_text() == line.format("/my venv/include", here[1])
     assert fix_targets(tmp_path, *here) == (1, 0)
+
+
+def test_the_wheel_of_cv_bridge_is_mended_once(tmp_path: Path) -> None:
+    fix_cv_bridge = runpy.run_path(str(ROOT / "scripts" / "fix_ros_wheels.py"))["fix_cv_bridge"]
+    file = tmp_path / "cv_bridge_boost.py"
+    file.write_text(
+        '_CV_TYPES = {\n    "8UC1": cv2.CV_8UC1,\n    "16UC1": cv2.CV_8UC1,\n'
+        '    "16SC1": cv2.CV_16SC1,\n    }\n'
+    )
+    assert fix_cv_bridge(file)
+    text = file.read_text()
+    assert '"16UC1": cv2.CV_16UC1,' in text and '"8UC1": cv2.CV_8UC1,' in text
+    assert '"16SC1": cv2.CV_16SC1,' in text and '"yuv422_yuy2": cv2.CV_8UC2,' in text
+    assert not fix_cv_bridge(file) and file.read_text() == text

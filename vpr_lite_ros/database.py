@@ -132,14 +132,13 @@ class KeyframeDatabase:
         return len(self._ids)
 
     def _open(self) -> None:
-        self._sql.execute("PRAGMA journal_mode = WAL")
-        self._sql.execute("PRAGMA synchronous = NORMAL")
         application, version = (
             self._sql.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
         )
         empty = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         if empty:
+            self._log_ahead()
             with self._transaction():
                 for statement in _SCHEMA.split(";\n"):
                     self._sql.execute(statement)
@@ -155,13 +154,20 @@ class KeyframeDatabase:
                 f"database {self.path} has schema {version}, this release reads schema "
                 f"{SCHEMA_VERSION}: use the release that made it, or another database_path"
             )
-        (stored,) = self._sql.execute("SELECT model_id FROM model").fetchone()
+        row = self._sql.execute("SELECT model_id FROM model").fetchone()
+        if row is None:
+            raise DatabaseError(
+                f"database {self.path} does not say which model made it: it is damaged. Restore "
+                "it from a copy, or pass another database_path"
+            )
+        (stored,) = row
         if stored != self.model_id:
             raise DatabaseError(
                 f"database {self.path} was made with model {stored}, but model {self.model_id} is "
                 "running: their descriptors cannot be compared. Pass the bundle it was made "
                 "with, or another database_path"
             )
+        self._log_ahead()
         rows = self._sql.execute(
             "SELECT id, robot_id, session, stamp_ns, descriptor FROM keyframes ORDER BY id"
         )
@@ -171,9 +177,15 @@ class KeyframeDatabase:
             for keyframe_id, robot_id, session, stamp_ns, _ in batch:
                 self._remember(keyframe_id, robot_id, session, stamp_ns)
 
+    def _log_ahead(self) -> None:
+        """Only once the file is known to be ours: the mode is written into it."""
+        self._sql.execute("PRAGMA journal_mode = WAL")
+        self._sql.execute("PRAGMA synchronous = NORMAL")
+
     def _descriptor(self, keyframe_id: int, blob: bytes) -> NDArray[np.float32]:
-        descriptor = np.frombuffer(blob, np.float32)
-        if descriptor.shape != (self.dimension,) or not np.isfinite(descriptor).all():
+        whole = len(blob) == 4 * self.dimension
+        descriptor = np.frombuffer(blob if whole else b"", np.float32)
+        if not whole or not np.isfinite(descriptor).all():
             raise DatabaseError(
                 f"database {self.path}: the descriptor of keyframe {keyframe_id} is damaged. "
                 "Restore the file from a copy, or pass another database_path"
@@ -203,12 +215,18 @@ class KeyframeDatabase:
         ------
         DatabaseError
             If it cannot be written (disk full, read-only); what is stored stays as it is.
+        ValueError
+            If the description has another shape than the database's or is not finite.
         """
         tokens = np.ascontiguousarray(description.tokens, np.float16)
         expected = (self.max_patches, self.dimension)
         if tokens.shape != expected:
             raise ValueError(f"tokens have shape {tokens.shape}, expected {expected}")
         descriptor = np.ascontiguousarray(description.descriptor, np.float32)
+        if descriptor.shape != (self.dimension,) or not np.isfinite(descriptor).all():
+            raise ValueError(
+                f"descriptor of shape {descriptor.shape} is not {self.dimension} finite numbers"
+            )
         centres = np.ascontiguousarray(description.centres, np.float32)
         pose_text = json.dumps([*pose.position, *pose.quaternion]) if pose else None
         camera_text = camera.to_json() if camera else None

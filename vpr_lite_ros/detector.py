@@ -201,7 +201,8 @@ class LoopDetector:
         """Without odometry, a picture much like the last keyframe's means: not moved."""
         if self._last_descriptor is None:
             return True
-        similarity = float(description.descriptor @ self._last_descriptor)
+        # By rounding, the cosine of two equal pictures may exceed 1.
+        similarity = min(1.0, float(description.descriptor @ self._last_descriptor))
         return similarity <= self.config.keyframe.max_similarity
 
     def _retrieve(
@@ -273,7 +274,7 @@ class LoopDetector:
             streaks = [
                 before.agreeing
                 for before in self._passed_before
-                if abs(before.keyframe.id - candidate.keyframe.id) <= AGREEMENT_WINDOW
+                if _are_neighbours(before.keyframe, candidate.keyframe)
             ]
             candidate.agreeing = 1 + max(streaks, default=0)
         agreeing = []
@@ -291,6 +292,12 @@ class LoopDetector:
 
 def _best(candidates: list[Candidate]) -> Candidate:
     return max(candidates, key=lambda candidate: (candidate.match_score, -candidate.rank))
+
+
+def _are_neighbours(one: Keyframe, other: Keyframe) -> bool:
+    """Whether two keyframes belong to one stretch of one drive."""
+    drives = (one.robot_id, one.session), (other.robot_id, other.session)
+    return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW
 
 
 def _angle(pose0: Pose, pose1: Pose) -> float:

@@ -33,7 +33,6 @@ def decode_message(message: Any) -> Image:
     """
     from cv_bridge import CvBridge
 
-    bridge = CvBridge()
     if len(message.data) == 0:
         raise ImageError("empty image", "the message has no data; is the camera delivering?")
     if hasattr(message, "format"):
@@ -53,12 +52,35 @@ def decode_message(message: Any) -> Image:
             f"{len(message.data)} bytes, {message.height} rows of {message.step} were promised",
         )
     try:
-        picture = bridge.imgmsg_to_cv2(message, "passthrough")
+        bridge = CvBridge()
+        picture = bridge.imgmsg_to_cv2(_packed(message, bridge), "passthrough")
         return to_rgb(np.asarray(picture), message.encoding)
     except Exception as error:  # cv_bridge's own, cv2's, KeyError, TypeError: all mean this
         raise ImageError(
             "unknown encoding", f"{message.encoding!r} cannot be converted to RGB: {error}"
         ) from error
+
+
+def _packed(message: Any, bridge: Any) -> Any:
+    """The message as every release of cv_bridge understands it.
+
+    Some read the pixels as if no row were padded; and ``uyvy`` and ``yuyv``, the names of the
+    newer ones, are ``yuv422`` and ``yuv422_yuy2`` to all.
+    """
+    rows = np.frombuffer(message.data, np.uint8)[: message.height * message.step]
+    rows = rows.reshape(message.height, message.step)
+    encoding = {"uyvy": "yuv422", "yuyv": "yuv422_yuy2"}.get(message.encoding, message.encoding)
+    dtype, channels = bridge.encoding_to_dtype_with_channels(encoding)
+    used = message.width * channels * np.dtype(dtype).itemsize
+    return type(message)(
+        header=message.header,
+        height=message.height,
+        width=message.width,
+        encoding=encoding,
+        is_bigendian=message.is_bigendian,
+        step=used,
+        data=rows[:, :used].tobytes(),
+    )
 
 
 def to_rgb(picture: NDArray[Any], encoding: str) -> Image:
@@ -165,5 +187,7 @@ def draw_matches(
 
 def _is_whole(data: Any) -> bool:
     """False for a JPEG that ends early; decoders fill the missing part with grey."""
-    start, end = bytes(data[:2]), bytes(data[-64:])
-    return start != b"\xff\xd8" or b"\xff\xd9" in end
+    if bytes(data[:2]) != b"\xff\xd8":
+        return True
+    # Some drivers send their whole buffer: zeros after the end are no harm.
+    return b"\xff\xd9" in bytes(data).rstrip(b"\0")[-64:]
