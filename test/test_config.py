@@ -242,3 +242,12 @@ def test_the_shipped_file_tells_each_sentence_and_its_bounds() -> None:
         assert " ".join(describe(parameter).split()) in words
     assert "[1 to 1000]" in describe(parameters()["top_k"])
     assert "One of: raw, compressed." in describe(parameters()["image_transport"])
+
+
+def test_the_readme_lists_every_parameter_as_it_is(repository: Path) -> None:
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| `")]
+    for name, parameter in parameters().items():
+        default = yaml.safe_dump(parameter.default).removesuffix("...\n").strip()
+        row = f"| `{name}` | `{default}` | {describe(parameter)} |"
+        assert row in rows, f"README.md lacks or garbles: {row}"

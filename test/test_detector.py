@@ -234,17 +234,20 @@ def test_top_k_bounds_the_candidates_and_ranks_count_from_0(
 def test_thresholds_are_the_bundles_where_the_user_gives_none(
     make_detector: MakeDetector, tiny_model: PlaceModel
 ) -> None:
-    unset = {"similarity_threshold": math.nan, "match_threshold": math.nan}
+    unset = {"similarity_threshold": math.nan, "match_threshold": math.nan, "min_inliers": -1}
+
+    def thresholds(**values: float) -> tuple[float, float, int]:
+        detector = make_detector(**{**unset, **values})
+        return detector.similarity_threshold, detector.match_threshold, detector.min_inliers
+
     card = tiny_model.bundle.card
     assert "thresholds" not in card
-    detector = make_detector(**unset)
-    assert (detector.similarity_threshold, detector.match_threshold) == (-1.0, 0.0)
+    assert thresholds() == (-1.0, 0.0, 0)
     try:
-        card["thresholds"] = {"similarity": 0.45, "match": 0.3}
-        detector = make_detector(**unset)
-        assert (detector.similarity_threshold, detector.match_threshold) == (0.45, 0.3)
-        detector = make_detector(similarity_threshold=0.1, match_threshold=0.2)
-        assert (detector.similarity_threshold, detector.match_threshold) == (0.1, 0.2)
+        card["thresholds"] = {"similarity": 0.45, "match": 0.3, "inliers": 30}
+        assert thresholds() == (0.45, 0.3, 30)
+        assert thresholds(similarity_threshold=0.1, match_threshold=0.2) == (0.1, 0.2, 30)
+        assert thresholds(min_inliers=0) == (0.45, 0.3, 0)
     finally:
         del card["thresholds"]
 

@@ -134,10 +134,10 @@ class Config:
         12, "Least number of mutual patch matches.", minimum=0, maximum=100000
     )
     min_inliers: int = _parameter(
-        12,
+        -1,
         "Least number of matches that agree with one camera motion. Checked where camera_info "
-        "of both images is known.",
-        minimum=0,
+        "of both images is known. -1: what the model bundle recommends.",
+        minimum=-1,
         maximum=100000,
     )
     epipolar_tolerance_px: float = _parameter(
@@ -148,7 +148,7 @@ class Config:
         maximum=100,
     )
     min_agreeing_keyframes: int = _parameter(
-        2,
+        3,
         "How many keyframes in a row must point to the same stretch of the map before a closure "
         "leaves the node. 1 trusts a single one.",
         minimum=1,

@@ -230,9 +230,11 @@ def _player(output: Path, compressed: bool) -> Iterator[Player]:
     try:
         # A namespace of its own keeps apart two demos on one machine.
         player = Player(f"/vpr_lite_demo_{os.getpid()}", output, compressed)
+        before = signal.signal(signal.SIGINT, player.interrupt)
         try:
             yield player
         finally:
+            signal.signal(signal.SIGINT, before)
             player.close()
     finally:
         rclpy.try_shutdown()
@@ -253,6 +255,7 @@ class Player:
         self._diagnostics_heard = 0
         self._expected: deque[int] = deque()
         self._patient = True
+        self._interrupted = False
         self._next_picture_ns = 0
         self._node = Node("player", namespace=namespace)
         self._executor = SingleThreadedExecutor()
@@ -287,6 +290,14 @@ class Player:
         ]
 
     # -- playing
+
+    def interrupt(self, *_: object) -> None:
+        """Ctrl-C: stop at the next safe place; rclpy cannot be interrupted just anywhere.
+
+        A second one interrupts at once.
+        """
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait_for_node(self) -> None:
         """Wait until every topic has found its other end."""
@@ -372,6 +383,8 @@ class Player:
                     f"the node ended with exit code {self.process.returncode}; its messages "
                     "are above"
                 )
+            if self._interrupted:
+                raise KeyboardInterrupt
             self._executor.spin_once(timeout_sec=0.01)
         return True
 

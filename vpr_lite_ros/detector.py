@@ -85,7 +85,7 @@ class LoopDetector:
     Parameters
     ----------
     config
-        Thresholds; ``nan`` is replaced by what the model's bundle recommends.
+        Thresholds; ``nan``, and -1 inliers, are replaced by what the model's bundle recommends.
     model, database
         Both belong to the caller, who closes the database.
     """
@@ -99,6 +99,9 @@ class LoopDetector:
         self.match_threshold = config.match_threshold
         if math.isnan(self.match_threshold):
             self.match_threshold = float(recommended.get("match", 0.0))
+        self.min_inliers = config.min_inliers
+        if self.min_inliers < 0:
+            self.min_inliers = int(recommended.get("inliers", 0))
         self.forget()
 
     def forget(self) -> None:
@@ -264,7 +267,7 @@ class LoopDetector:
                 ),
                 tolerance,
             )
-            if candidate.num_inliers < self.config.min_inliers:
+            if candidate.num_inliers < self.min_inliers:
                 return Status.GEOMETRY
         return Status.NOT_BEST
 

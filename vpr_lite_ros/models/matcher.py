@@ -101,7 +101,13 @@ class CrossAttention(nn.Module):
 class PairMatcher(nn.Module):
     """Cross-attention, final projection, inner products and optimal transport (equation 4)."""
 
-    def __init__(self, dimension: int = 512, sinkhorn_iterations: int = 20) -> None:
+    def __init__(
+        self,
+        dimension: int = 512,
+        sinkhorn_iterations: int = 20,
+        temperature: float = 40.0,
+        dustbin: float = 0.7,
+    ) -> None:
         super().__init__()
         self.cross = CrossAttention(dimension)
         self.project = nn.Linear(dimension, dimension)
@@ -109,8 +115,8 @@ class PairMatcher(nn.Module):
         nn.init.zeros_(self.project.bias)
         # Inner products of unit vectors lie in −1…1; the temperature spreads them so that
         # transport can tell them apart, the dustbin is the similarity that is no match.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(20.0)))
-        self.dustbin = nn.Parameter(torch.tensor(0.4))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.dustbin = nn.Parameter(torch.tensor(dustbin))
         self.sinkhorn_iterations = sinkhorn_iterations
 
     def forward(self, query: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

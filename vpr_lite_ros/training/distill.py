@@ -14,11 +14,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 from vpr_lite_ros.training.augment import distort, random_crop
+from vpr_lite_ros.training.files import image_files, read_rgb
 from vpr_lite_ros.training.teachers import MobileNetV1, ResNet18
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
         self.size, self.seed = size, seed
         self.folders = [
-            [_read(path) for path in tqdm(list(image_files(Path(folder))), desc=folder)]
+            [read_rgb(path) for path in tqdm(list(image_files(Path(folder))), desc=folder)]
             for folder in folders
         ]
         for folder, images in zip(folders, self.folders, strict=True):
@@ -240,20 +240,6 @@ def load_checkpoint(
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": state, "param_groups": groups})
     return int(meta["step"]), float(meta["seconds"])
-
-
-def image_files(folder: Path) -> Iterator[Path]:
-    """All JPEG and PNG files under ``folder``, in order of their paths."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in {".jpg", ".jpeg", ".png"}:
-            yield path
-
-
-def _read(path: Path) -> np.ndarray:
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{path} cannot be read as an image: remove it or mend it")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

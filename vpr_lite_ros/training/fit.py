@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import cv2
 import faiss
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from vpr_lite_ros.image import Image, fit
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
 from vpr_lite_ros.training.augment import distort
+from vpr_lite_ros.training.files import read_rgb
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +88,3 @@ def principal_components(vectors: Tensor, dimension: int) -> tuple[Tensor, Tenso
     _, singular, components = torch.linalg.svd((vectors - mean).double(), full_matrices=False)
     variances = singular[:dimension].square() / (len(vectors) - 1)
     return mean, components[:dimension].float(), variances.float()
-
-
-def read_rgb(path: Path) -> Image:
-    """An image file as RGB; ``ValueError`` if it cannot be read."""
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise ValueError(f"{path} cannot be read as an image: remove it or mend it")
-    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)

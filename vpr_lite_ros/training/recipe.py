@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,8 @@ from vpr_lite_ros.export import export_bundle, save_networks
 from vpr_lite_ros.inference import open_model
 from vpr_lite_ros.models.matcher import PairMatcher
 from vpr_lite_ros.models.place import PlaceNetwork
-from vpr_lite_ros.training.distill import Student, image_files, load_checkpoint
+from vpr_lite_ros.training.distill import Student, load_checkpoint
+from vpr_lite_ros.training.files import image_files
 from vpr_lite_ros.training.fit import fit_place_network
 from vpr_lite_ros.training.thresholds import labelled_sets, least_threshold, score_pairs
 
@@ -47,8 +49,13 @@ class FitConfig:
     image_count: int = 1200
     clusters: int = 32
     dimension: int = 512
-    max_patches: int = 200
-    false_rate: float = 0.001
+    max_patches: int = 400
+    temperature: float = 40.0
+    """Of the optimal transport: what inner products are multiplied with."""
+    dustbin: float = 0.7
+    """Inner product below which two patches are rather no match."""
+    false_rate: float = 0.002
+    """Share of the false pairs that may reach a recommended threshold."""
     seed: int = 0
 
 
@@ -86,7 +93,7 @@ def fit_bundle(config: FitConfig) -> Path:
         max_patches=config.max_patches,
         seed=config.seed,
     )
-    match = PairMatcher(config.dimension)
+    match = PairMatcher(config.dimension, temperature=config.temperature, dustbin=config.dustbin)
     about: dict[str, Any] = {
         "about": config.about,
         "training": {
@@ -107,26 +114,30 @@ def _export_with_thresholds(
     bundle = export_bundle(place, match, about, Path(config.bundle), name=config.name)
     model = open_model(bundle)
     scores = {}
-    for name, (files, relation) in labelled_sets(Path(config.labelled)).items():
-        scores[name] = found = score_pairs(model, files, relation)
+    for name, labelled in labelled_sets(Path(config.labelled)).items():
+        scores[name] = found = score_pairs(model, labelled, config.seed)
         log.info("%s: %d of %d recognised", name, found.recognised, found.queries)
     true = np.concatenate([found.true for found in scores.values()])
     match_scores = np.concatenate([found.match for found in scores.values()])
+    inliers = np.concatenate([found.inliers for found in scores.values()])
     similarities = np.concatenate([found.similarity for found in scores.values()])
     about["thresholds"] = {
-        # Similarity only thins out what need not be matched; the match score decides.
+        # Similarity only thins out what need not be matched; score and geometry decide.
         "similarity": round(float(np.quantile(similarities[true], 0.02)), 3),
         "match": round(least_threshold(match_scores, true, config.false_rate), 4),
+        "inliers": math.ceil(least_threshold(inliers, true, config.false_rate)),
         "measured_on": {
             name: f"{found.recognised} of {found.queries} recognised, {len(found.true)} pairs"
             for name, found in scores.items()
         },
     }
     accepted = match_scores >= about["thresholds"]["match"]
+    accepted &= inliers >= about["thresholds"]["inliers"]
     log.info(
-        "thresholds %s accept %.1f%% of the true pairs",
+        "thresholds %s accept %.1f%% of the true and %.2f%% of the false pairs",
         about["thresholds"],
         100 * float(accepted[true].mean()),
+        100 * float(accepted[~true].mean()),
     )
     return export_bundle(place, match, about, Path(config.bundle), name=config.name)
 
