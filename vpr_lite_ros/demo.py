@@ -53,6 +53,8 @@ NODE = "loop_closure"
 START_TIMEOUT_S = 60.0
 DECISION_TIMEOUT_S = 5.0
 FAREWELL_TIMEOUT_S = 20.0
+DRIVE_TIME_GAP_S = 20.0
+"""``min_time_gap_s`` on the demo drive, where a place comes again after 29 to 38 s."""
 PICTURES = 3
 PICTURE_GAP_NS = 6_000_000_000
 """Pictures of found pairs show places at least this far apart in time."""
@@ -117,6 +119,8 @@ def run_demo(
     DemoError
         If the node does not start, dies or does not end well.
     """
+    if bag is None:
+        settings = {"min_time_gap_s": DRIVE_TIME_GAP_S, **settings}
     config = make_config(settings)
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("loop_*.jpg"), output / "trajectory.png", output / "report.json"):
