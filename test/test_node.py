@@ -394,13 +394,14 @@ def test_odometry_chooses_keyframes_and_draws_markers(
         robot.odometry.publish(message)
 
     robot.wait(lambda: robot.odometry.get_subscription_count() > 0, "odometry's subscription")
-    # Odometry and images come on topics of their own: where one waits for the other, ask.
+    # Odometry and images come on topics of their own: the image waits until the pose is there.
     stand_at(0.0, 1)
+    robot.wait_for_count("odometry", "1")
     robot.show(make_picture(1, SIZE), 1)
     for second in range(2, 6):  # standing still, though the picture changes
         stand_at(0.1, second)
     stand_at(5.0, 6)
-    robot.diagnostics()
+    robot.wait_for_count("odometry", "6")
     for second in range(2, 6):
         robot.camera.publish(to_message(make_picture(second, SIZE), second))
         robot.wait_for_count("images", str(second))

@@ -147,7 +147,13 @@ class LoopClosureNode(Node):
         self.create_subscription(
             CameraInfo, "camera_info", self._on_camera_info, qos_profile_sensor_data
         )
-        self.create_subscription(Odometry, "odom", self._on_odometry, qos_profile_sensor_data)
+        # Odometry comes fast and must not be lost while an image is being taken.
+        self.create_subscription(
+            Odometry,
+            "odom",
+            self._on_odometry,
+            QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT),
+        )
 
         # A back end that joins late still gets what was found before, if it asks for it.
         latched = QoSProfile(
@@ -220,6 +226,7 @@ class LoopClosureNode(Node):
             self._say_once("odometry", f"an odometry message is not used: {error}")
             return
         stamp = messages.stamp_ns(message.header.stamp)
+        self._counts["odometry"] += 1
         with self._wakes_worker:
             if self._odometry and stamp <= self._odometry[-1][0]:
                 self._odometry.clear()  # a bag that loops, a clock that was set
@@ -450,6 +457,7 @@ class LoopClosureNode(Node):
             "latency_ms_p50": f"{np.percentile(latencies, 50):.1f}",
             "latency_ms_p95": f"{np.percentile(latencies, 95):.1f}",
             "images": 0,
+            "odometry": 0,
             **dict(sorted(self._counts.items())),
             "last_error": self._last_error,
         }
