@@ -17,6 +17,8 @@ rclpy = pytest.importorskip("rclpy")
 if shutil.which("ros2") is None:
     pytest.skip("no `ros2` command", allow_module_level=True)
 
+from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+
 LAUNCH = ("ros2", "launch", "vpr_lite_ros", "loop_closure.launch.py")
 # A domain of this file's own: other nodes on the machine are not seen, nor see these.
 DOMAIN = 71
@@ -110,6 +112,8 @@ def test_every_argument_is_described() -> None:
 
 def test_it_starts_as_shipped(tmp_path: Path, observer: Any) -> None:
     log = tmp_path / "log"
+    # Images are subscribed to, in the way their publishers offer them, once there is one.
+    observer.create_publisher(Image, "/image", 10)
     with launched(log) as process:
         wait_for(lambda: "/image" in subscriptions(observer, "/"), process, log)
         assert {"/camera_info", "/odom"} <= subscriptions(observer, "/")
@@ -130,6 +134,7 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
     )
     log = tmp_path / "log"
     database = tmp_path / "map.db"
+    observer.create_publisher(CompressedImage, "/front/image_raw/compressed", 10)
     with launched(
         log,
         "namespace:=robot1",

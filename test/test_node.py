@@ -328,6 +328,15 @@ def test_any_transport_and_reliability(
     assert robot.show(make_picture(1, SIZE), 20)[0].status == LoopClosure.STATUS_ACCEPTED
 
 
+def test_simulated_time_that_stands_still_stops_nothing(
+    make_robot: Callable[..., Robot], make_picture: MakePicture
+) -> None:
+    """Before a bag plays there is no /clock; the node must be listening when it starts."""
+    robot = make_robot(use_sim_time="true")
+    robot.show(make_picture(1, SIZE), 1)
+    assert robot.diagnostics()["keyframes"] == "1"
+
+
 def test_images_that_cannot_be_used_are_said_once_counted_and_dropped(
     make_robot: Callable[..., Robot], make_picture: MakePicture, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
@@ -143,7 +144,9 @@ class LoopClosureNode(Node):
         self._image_subscription: Subscription | None = None
         self._image_reliability: ReliabilityPolicy | None = None
         self._subscribe_to_images()
-        self.create_timer(GRAPH_PERIOD_S, self._subscribe_to_images)
+        # With use_sim_time, ROS time stands still until a bag plays; these must not wait for it.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(GRAPH_PERIOD_S, self._subscribe_to_images, clock=steady)
         self.create_subscription(
             CameraInfo, "camera_info", self._on_camera_info, qos_profile_sensor_data
         )
@@ -166,7 +169,7 @@ class LoopClosureNode(Node):
         self._match_image_topic = self.create_publisher(ImageMessage, "~/match_image", 10)
         self._marker_topic = self.create_publisher(MarkerArray, "~/markers", 1)
         self._diagnostics_topic = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_timer(1.0, self._publish_diagnostics)
+        self.create_timer(1.0, self._publish_diagnostics, clock=steady)
 
         self.create_service(Trigger, "~/save", self._save)
         self.create_service(Trigger, "~/reset", self._reset)
