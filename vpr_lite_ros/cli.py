@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,6 +94,35 @@ def demo(args: argparse.Namespace) -> int:
     )
     print(describe_demo(report))
     return _exit_code(report)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure recall and precision of a model on labelled images."""
+    from vpr_lite_ros.benchmarks import aligned, describe, evaluate_all, find_benchmarks
+    from vpr_lite_ros.inference import DEFAULT_BUNDLE, open_model
+
+    pair = args.queries, args.database
+    if (args.dataset is None) != all(pair) or any(pair) != all(pair):
+        raise config.ConfigError("pass either DATASET or both --queries and --database")
+    settings = config.make_config(_settings(args))
+    if args.dataset is None:
+        name = f"{_name(args.queries)}_from_{_name(args.database)}"
+        benchmarks = [aligned(name, *pair, args.tolerance)]
+    else:
+        benchmarks = find_benchmarks(
+            args.dataset, radius_m=args.radius, tolerance=args.tolerance, rate_hz=args.rate
+        )
+    bundle = Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE
+    model = open_model(bundle, settings.backend, settings.threads)
+    for report, path in evaluate_all(
+        benchmarks,
+        model,
+        args.output,
+        min_time_gap_s=settings.min_time_gap_s,
+        rerank=args.rerank,
+    ):
+        print(f"{describe(report)}\n  file: {path}", flush=True)
+    return OK
 
 
 def simulate(args: argparse.Namespace) -> int:
@@ -195,6 +225,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_replay_options(command(replay))
     _add_demo_options(command(demo))
+    _add_evaluate_options(command(evaluate))
 
     options = command(simulate)
     options.add_argument("output", type=Path, help="folder to make")
@@ -275,13 +306,55 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     _add_parameters(parser)
 
 
+def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", type=Path, nargs="?", metavar="DATASET",
+        help="folder of images with loops.csv or poses.csv, folder with day_right and day_left "
+        "or night_right, or a folder of these",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queries", type=Path, metavar="A", help="in place of DATASET: folder of images to find"
+    )
+    parser.add_argument(
+        "--database", type=Path, metavar="B",
+        help="... and of those they are looked up in; frames of equal number are one place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/eval"), help="folder for <name>.json"
+    )
+    parser.add_argument(
+        "--rerank", type=_count, default=0, metavar="K",
+        help="also put the first K candidates in the order of their match scores; 0: do not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--radius", type=_positive, default=5.0, metavar="M",
+        help="with poses.csv: metres within which two images show the same place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=_count, default=2, metavar="FRAMES",
+        help="of two sequences: frame numbers this far apart are the same place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rate", type=_positive, default=1.0, metavar="HZ", help="of images without stamps"
+    )
+    group = parser.add_argument_group("parameters", "As of the node.")
+    _add_each_parameter(group, ("bundle", "backend", "threads", "min_time_gap_s"))
+    # Of a parameter file all but these would have no effect: there is no option for one.
+    parser.set_defaults(params=None)
+
+
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
     """One option for each parameter of the detector, made from ``config.parameters()``."""
     group = parser.add_argument_group(
         "parameters", "As of the node. An option goes before the file, the file before defaults."
     )
     group.add_argument("--params", type=Path, metavar="FILE", help="ROS parameter file (YAML)")
-    for name, parameter in config.parameters().items():
+    _add_each_parameter(group, config.parameters())
+
+
+def _add_each_parameter(group: Any, names: Iterable[str]) -> None:
+    for name in names:
+        parameter = config.parameters()[name]
         group.add_argument(
             f"--{name}",
             dest=f"parameter {name}",
@@ -324,6 +397,13 @@ def _whole(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return value
 
 

@@ -65,14 +65,18 @@ class PairTruth:
     ----------
     pairs
         Frame numbers. (a, b) says the same as (b, a).
+    definition
+        What the list holds, as one phrase for reports.
     """
 
-    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, pairs: Iterable[tuple[int, int]], definition: str = "listed as a pair"
+    ) -> None:
         self._partners: dict[int, set[int]] = {}
         for first, second in pairs:
             self._partners.setdefault(first, set()).add(second)
             self._partners.setdefault(second, set()).add(first)
-        self.definition = "listed as a pair"
+        self.definition = definition
 
     def known(self, frames: Integers) -> Booleans:
         return np.ones(len(frames), np.bool_)

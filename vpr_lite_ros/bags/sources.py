@@ -240,13 +240,18 @@ class FolderSource(Source):
     def __len__(self) -> int:
         return len(self._files)
 
+    def listing(self) -> list[tuple[int | None, str]]:
+        """Stamp (nanoseconds; None if poses.csv lacks it) and name of every file, none read."""
+        if self._stamps is None:
+            return [
+                (round(index * self._period_ns), file.name)
+                for index, file in enumerate(self._files)
+            ]
+        return [(self._stamps.get(frame_key(file.name)), file.name) for file in self._files]
+
     def frames(self) -> Iterator[Frame]:
-        for index, file in enumerate(self._files):
-            if self._stamps is None:
-                stamp_ns = round(index * self._period_ns)
-            elif (known := self._stamps.get(frame_key(file.name))) is not None:
-                stamp_ns = known
-            else:
+        for file, (stamp_ns, _) in zip(self._files, self.listing(), strict=True):
+            if stamp_ns is None:
                 self._skip("no stamp in poses.csv", file.name)
                 continue
             try:
