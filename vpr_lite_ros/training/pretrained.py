@@ -1,0 +1,152 @@
+"""A backbone that begins with weights from ImageNet: RepVGG-A0 checkpoints of others.
+
+Two namings are known: the original one (``stage1.0.rbr_dense.conv.weight``; RepVGG-A0-train.pth
+of its authors) and timm's (``stages.0.0.conv_kxk.conv.weight``), which this package uses too.
+Both name the same tensors. RepVGG-lite ends before RepVGG-A0's last stage and has no classifier.
+
+These networks saw images standardised by ImageNet's mean and deviation, this package's see each
+image standardised by its own (``models.repvgg.standardise``): both of the order of one, so the
+weights are a start, not a finished backbone.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vpr_lite_ros.export import CheckpointError
+from vpr_lite_ros.models.repvgg import RepVGGLite
+
+log = logging.getLogger(__name__)
+
+_WRAPPERS = ("state_dict", "model")
+_BRANCHES = {"rbr_dense": "conv_kxk", "rbr_1x1": "conv_1x1", "rbr_identity": "identity"}
+_UNUSED = re.compile(r"(stage4|stages\.3|linear|head)\.")
+"""The last stage and the classifier, in either naming."""
+_FOLDED = re.compile(r"(^|\.)(rbr_reparam|reparam)\.")
+_COUNTER = ".num_batches_tracked"
+"""Counts batches; says nothing where batch norm averages with a fixed momentum, as here."""
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What became of each entry of a checkpoint, by the checkpoint's own names."""
+
+    used: tuple[str, ...]
+    unused: tuple[str, ...]
+    """Left out on purpose: last stage, classifier, batch counters, and what a wrapped
+    checkpoint holds beside its weights (epoch, optimiser, …)."""
+
+
+def load_pretrained(backbone: RepVGGLite, path: Path) -> Accounting:
+    """Fill ``backbone`` with the weights of a RepVGG-A0 checkpoint.
+
+    Parameters
+    ----------
+    backbone
+        With its branches (not ``folded``). Untouched if the checkpoint is refused.
+    path
+        ``.safetensors``, else a file of ``torch.save`` that holds tensors only: a state dict, or
+        one under ``state_dict`` or ``model``; names may begin with ``module.``.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, holds folded blocks, or if an entry is unknown, missing, of
+        another shape or not finite; the message names the entries.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds no named tensors but a {type(content).__name__}: pass a state dict"
+        )
+    entries, beside = _unwrapped(content)
+    folded = [name for name in entries if _FOLDED.search(name)]
+    if folded:
+        raise CheckpointError(
+            f"{path} holds blocks folded for deployment ({_some(folded)}), which cannot be "
+            "trained further: pass the training-time checkpoint, such as RepVGG-A0-train.pth"
+        )
+    own_state = backbone.state_dict()
+    wanted = {name: tensor for name, tensor in own_state.items() if not name.endswith(_COUNTER)}
+    weights: dict[str, Tensor] = {}
+    used, unused, unexpected, misfits = [], list(beside), [], []
+    for name, value in entries.items():
+        own = _own_name(name)
+        if _UNUSED.match(own) or (own.endswith(_COUNTER) and own in own_state):
+            unused.append(name)
+        elif own not in wanted or own in weights or not isinstance(value, Tensor):
+            unexpected.append(name)
+        elif value.shape != wanted[own].shape:
+            shapes = f"{tuple(value.shape)} instead of {tuple(wanted[own].shape)}"
+            misfits.append(f"{name} {shapes}")
+        elif not value.isfinite().all():
+            misfits.append(f"{name} not finite")
+        else:
+            weights[own] = value
+            used.append(name)
+    # A tensor of a wrong shape is there, if of no use: it is reported once.
+    offered = {_own_name(name) for name in entries}
+    missing = [name for name in wanted if name not in offered]
+    found = {"unexpected": unexpected, "missing (in timm's names)": missing, "misfit": misfits}
+    faults = [f"{fault}: {_some(names)}" for fault, names in found.items() if names]
+    if faults:
+        raise CheckpointError(
+            f"{path} is no RepVGG-A0 checkpoint in the original or timm's names; "
+            + "; ".join(faults)
+        )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])
+    log.info("%s: %d tensors used, %d left out: %s", path, len(used), len(unused), _some(unused))
+    return Accounting(tuple(used), tuple(unused))
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors, and running what else it holds is "
+            "not safe: where you trust it, save its state dict alone, as .safetensors or with "
+            "torch.save"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _unwrapped(content: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The state dict within ``content``, and the names of what lies beside it."""
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), dict):
+            entries, beside = _unwrapped(content[wrapper])
+            return entries, [str(key) for key in content if key != wrapper] + beside
+    return {str(name): value for name, value in content.items()}, []
+
+
+def _own_name(name: str) -> str:
+    """What this package calls a tensor of a checkpoint."""
+    name = name.removeprefix("module.")
+    name = re.sub(r"^stage0\.", "stem.", name)
+    # The last stage keeps its name: it is left out.
+    name = re.sub(r"^stage([123])\.", lambda m: f"stages.{int(m[1]) - 1}.", name)
+    return ".".join(_BRANCHES.get(part, part) for part in name.split("."))
+
+
+def _some(names: Iterable[str], limit: int = 12) -> str:
+    listed = list(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(listed[:limit]) or "nothing") + rest
