@@ -49,8 +49,7 @@ MATCH_BATCH = 10
 
 DATABASE_TRAVERSE = "day_right"
 QUERY_TRAVERSES = {"day": "day_left", "night": "night_right"}
-"""Traverses of Gardens Point. `day_right ← night_right` is read as in the literature and in
-`teachers/SOURCE.md`, whose figures are to be compared with: day_right is the database."""
+"""Traverses of Gardens Point. day_right is the database, as in the literature's figures."""
 
 LAYOUTS = (
     "a folder of images (or with a sub-folder images) and loops.csv (query,match) or poses.csv "
