@@ -152,7 +152,12 @@ class Robot:
         return self.process.wait(30)
 
     def close(self) -> None:
-        if self.process.poll() is None:
+        # Asked to end, not killed: a killed process leaves the shared memory through which the
+        # middleware talks in whatever state it was, to the harm of those who are still in it.
+        try:
+            if self.process.poll() is None:
+                self.stop()
+        except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.executor.shutdown()
