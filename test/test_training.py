@@ -24,6 +24,7 @@ from safetensors import safe_open  # noqa: E402
 
 from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
 from vpr_lite_ros.training.augment import distort, random_crop  # noqa: E402
+from vpr_lite_ros.training.datasets import PlaceDataset, PlaceIds  # noqa: E402
 from vpr_lite_ros.training.distill import (  # noqa: E402
     DistillConfig,
     Student,
@@ -40,8 +41,6 @@ from vpr_lite_ros.training.recipe import (  # noqa: E402
     read_recipe,
 )
 from vpr_lite_ros.training.thresholds import (  # noqa: E402
-    LabelledSet,
-    labelled_sets,
     least_threshold,
     score_pairs,
 )
@@ -243,31 +242,15 @@ def labelled_folder(make_picture: MakePicture, tmp_path: Path) -> Path:
     return root
 
 
-def test_labelled_sets_know_what_is_the_same_place(labelled_folder: Path) -> None:
-    sets = labelled_sets(labelled_folder)
-    assert list(sets) == ["grief_places", "webcam", "karlsruhe"]
-    for name in ("grief_places", "webcam"):
-        relation = sets[name].relation
-        assert relation[0].tolist() == [0, 1, -1, -1, -1, -1]
-        assert not sets[name].distorted
-    drive = sets["karlsruhe"]
-    assert drive.distorted
-    # 8 m is here; 20 m neither here nor elsewhere; 40 m is elsewhere.
-    assert drive.relation[0].tolist() == [0, 1, 0, -1, -1, -1]
-    assert np.array_equal(drive.relation, drive.relation.T)
-    assert all(path.is_file() for found in sets.values() for path in found.queries)
-
-
 def test_pairs_of_one_place_score_higher(
     tiny_model: PlaceModel, make_picture: MakePicture, tmp_path: Path
 ) -> None:
     pictures = [make_picture(i // 2) for i in range(8)]
     pictures[1::2] = [(picture * 0.9 + 8).astype(np.uint8) for picture in pictures[1::2]]
     files = write_pictures(tmp_path / "pairs", pictures)
-    places = np.arange(8) // 2
-    relation = np.where(places[:, None] == places[None], 1, -1).astype(np.int8)
-    np.fill_diagonal(relation, 0)
-    scores = score_pairs(tiny_model, LabelledSet(files, files, relation))
+    places = tuple("aabbccdd")
+    dataset = PlaceDataset("pairs", tuple(files), tuple(files), PlaceIds(places, places))
+    scores = score_pairs(tiny_model, dataset)
     assert scores.queries == scores.recognised == 8
     assert scores.true.sum() == 8 and len(scores.true) == 8 * (1 + 6)
     for values in (scores.similarity, scores.match):

@@ -19,7 +19,7 @@ from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.training.distill import Student, load_checkpoint
 from vpr_lite_ros.training.files import image_files
 from vpr_lite_ros.training.fit import fit_place_network
-from vpr_lite_ros.training.thresholds import labelled_sets, least_threshold, score_pairs
+from vpr_lite_ros.training.thresholds import least_threshold, score_labelled_sets
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +113,8 @@ def _export_with_thresholds(
 ) -> Path:
     bundle = export_bundle(place, match, about, Path(config.bundle), name=config.name)
     model = open_model(bundle)
-    scores = {}
-    for name, labelled in labelled_sets(Path(config.labelled)).items():
-        scores[name] = found = score_pairs(model, labelled, config.seed)
+    scores = score_labelled_sets(model, Path(config.labelled), config.seed)
+    for name, found in scores.items():
         log.info("%s: %d of %d recognised", name, found.recognised, found.queries)
     true = np.concatenate([found.true for found in scores.values()])
     match_scores = np.concatenate([found.match for found in scores.values()])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +10,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vpr_lite_ros.config import Config
-from vpr_lite_ros.image import Image, fit
+from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
 from vpr_lite_ros.training.augment import distort
+from vpr_lite_ros.training.datasets import PlaceDataset, load_place_images, load_posed_images
 from vpr_lite_ros.training.files import read_rgb
 
 TRUE_PER_QUERY = 3
@@ -23,21 +22,6 @@ FALSE_PER_QUERY = 8
 """Of each query's pairs the most similar ones: what retrieval would bring."""
 NOMINAL_FOCAL = 0.8
 """Focal length, in image widths, of a camera of 64°: most training images name none."""
-
-Relation = NDArray[np.int8]
-"""(Q, C) of queries and candidates: 1 the same place, -1 another, 0 unknown or the image itself."""
-
-
-@dataclass(frozen=True)
-class LabelledSet:
-    """Images, and which of them show the same place."""
-
-    queries: list[Path]
-    candidates: list[Path]
-    relation: Relation
-    distorted: bool = False
-    """Whether queries are seen in another light, season or camera (``augment.distort``)."""
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -53,42 +37,43 @@ class Scores:
     """Of these, how many have one as their most similar candidate."""
 
 
-def score_pairs(model: PlaceModel, labelled: LabelledSet, seed: int = 0) -> Scores:
-    """Match every query with its most similar true and its most similar false candidates."""
+def score_pairs(
+    model: PlaceModel, dataset: PlaceDataset, *, distorted: bool = False, seed: int = 0
+) -> Scores:
+    """Match every query with its most similar true and its most similar false candidates.
+
+    ``distorted``: queries are seen in another light, season or camera (``augment.distort``).
+    """
     rng = np.random.default_rng(seed)
-
-    def describe(path: Path, distorted: bool) -> Description:
-        image: Image = read_rgb(path)
-        return model.describe(
-            fit(distort(image, rng) if distorted else image, model.bundle.image_size)
-        )
-
-    queries = [describe(path, labelled.distorted) for path in tqdm(labelled.queries)]
-    candidates = queries
-    if labelled.distorted or labelled.candidates is not labelled.queries:
-        candidates = [describe(path, False) for path in tqdm(labelled.candidates)]
+    size = model.bundle.image_size
+    candidates = [
+        model.describe(fit(read_rgb(path), size)) for path in tqdm(dataset.database, "describe")
+    ]
     known = np.stack([candidate.descriptor for candidate in candidates])
     found: list[tuple[float, float, float, bool]] = []
     with_partner = recognised = 0
-    for query, relation in zip(tqdm(queries, desc="match"), labelled.relation, strict=True):
+    for index, path in enumerate(tqdm(dataset.queries, "match")):
+        image = read_rgb(path)
+        query = model.describe(fit(distort(image, rng) if distorted else image, size))
         cosines = known @ query.descriptor
         order = np.argsort(-cosines, kind="stable")
-        true, false = order[relation[order] > 0], order[relation[order] < 0]
+        true = order[np.isin(order, dataset.positives(index))]
+        false = order[~np.isin(order, dataset.non_negatives(index))]
         if len(true):
             with_partner += 1
             recognised += bool(not len(false) or cosines[true[0]] > cosines[false[0]])
         chosen = np.concatenate([true[:TRUE_PER_QUERY], false[:FALSE_PER_QUERY]])
         if not len(chosen):
             continue
-        tokens = np.stack([candidates[index].tokens for index in chosen])
+        tokens = np.stack([candidates[candidate].tokens for candidate in chosen])
         scores, assignments = model.match(query.tokens, tokens)
-        for index, score, assignment in zip(chosen, scores, assignments, strict=True):
-            agreeing = _count_inliers(model, query, candidates[index], assignment)
-            is_true = bool(relation[index] > 0)
-            found.append((float(cosines[index]), float(score), agreeing, is_true))
+        for candidate, score, assignment in zip(chosen, scores, assignments, strict=True):
+            agreeing = _count_inliers(model, query, candidates[candidate], assignment)
+            is_true = bool(candidate in true)
+            found.append((float(cosines[candidate]), float(score), agreeing, is_true))
     columns = np.array(found, np.float32).reshape(-1, 4)
-    similarity, match, inliers, true = columns.T
-    return Scores(similarity, match, inliers, true > 0, with_partner, recognised)
+    similarity, match, inliers, is_same = columns.T
+    return Scores(similarity, match, inliers, is_same > 0, with_partner, recognised)
 
 
 def _count_inliers(
@@ -119,49 +104,19 @@ def least_threshold(
     return float(np.nextafter(false_scores[-1 - allowed], np.float32(np.inf)))
 
 
-def labelled_sets(folder: Path) -> dict[str, LabelledSet]:
-    """The labelled training sets under ``folder``.
+def score_labelled_sets(model: PlaceModel, folder: Path, seed: int = 0) -> dict[str, Scores]:
+    """``score_pairs`` on the labelled training sets under ``folder``, by their names.
 
     ``grief_places`` and ``webcam`` name their places, each under many conditions. On the drive
-    ``karlsruhe`` up to 10 m is the same place, from 25 m on another street scene that looks much
+    ``karlsruhe`` up to 10 m is the same place, beyond 25 m another street scene that looks much
     the same; its queries are distorted, as it was driven only once. ``ie_tower`` is left out:
     its floors look alike to people, too.
     """
+    grief = load_place_images(folder / "grief_places" / "places.csv")
+    webcam = load_place_images(folder / "webcam" / "images.csv")
+    drive = load_posed_images(folder / "karlsruhe" / "poses.csv")
     return {
-        "grief_places": _places(folder / "grief_places", "places.csv"),
-        "webcam": _places(folder / "webcam", "images.csv"),
-        "karlsruhe": _drive(folder / "karlsruhe"),
+        grief.name: score_pairs(model, grief, seed=seed),
+        webcam.name: score_pairs(model, webcam, seed=seed),
+        drive.name: score_pairs(model, drive, distorted=True, seed=seed),
     }
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _relate(count: int, relate: Callable[[int, int], int]) -> Relation:
-    relation = np.zeros((count, count), np.int8)
-    for i in range(count):
-        for j in range(count):
-            if i != j:
-                relation[i, j] = relate(i, j)
-    return relation
-
-
-def _places(folder: Path, table: str) -> LabelledSet:
-    rows = _rows(folder / table)
-    places = [row["place"] for row in rows]
-    files = [folder / row["file"] for row in rows]
-    relation = _relate(len(rows), lambda i, j: 1 if places[i] == places[j] else -1)
-    return LabelledSet(files, files, relation)
-
-
-def _drive(folder: Path) -> LabelledSet:
-    rows = _rows(folder / "poses.csv")
-    xy = np.array([[float(row["x"]), float(row["y"])] for row in rows])
-    distance = np.linalg.norm(xy[:, None] - xy[None], axis=2)
-    files = [folder / row["file"] for row in rows]
-    relation = _relate(
-        len(rows), lambda i, j: 1 if distance[i, j] <= 10 else -int(distance[i, j] >= 25)
-    )
-    return LabelledSet(files, files, relation, distorted=True)
