@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from vpr_lite_ros.benchmarks import (
     reorder,
 )
 from vpr_lite_ros.cli import main
+from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.evaluation import PairTruth
 from vpr_lite_ros.inference import PlaceModel
 
 MakePicture = Callable[..., NDArray[np.uint8]]
 MakeImages = Callable[[Path, Iterable[int]], Path]
+WritePictures = Callable[[Sequence[Path], Sequence[Path]], None]
 FIGURES = {"recall_at_1", "recall_at_5", "recall_at_10", "auc", "recall_at_100_precision"}
 
 
@@ -207,6 +210,200 @@ def test_night_alone_is_enough(make_images: MakeImages, tmp_path: Path) -> None:
     for traverse in ("day_right", "night_right"):
         make_images(tmp_path / "gardens" / traverse, range(2))
     assert [one.name for one in find_benchmarks(tmp_path / "gardens")] == ["gardens_night"]
+
+
+# -- data sets in their published layouts --------------------------------------------------------
+
+# Metres east. The second image of the database is exactly 25 m from the first two queries, the
+# third a millimetre more. All else is far apart.
+DATABASE_EAST = [300, 25, 25.001, 900]
+QUERY_EAST = [0, 0, 5000]
+
+
+@pytest.fixture
+def write_pictures(make_picture: MakePicture) -> WritePictures:
+    """Draw a database of pictures 0 to 3, and three queries.
+
+    The first shows picture 1, which is true. The second shows picture 2, mostly, which is a
+    millimetre too far off, the third picture 3, mostly, though it was taken elsewhere.
+    """
+
+    def write(database: Sequence[Path], queries: Sequence[Path]) -> None:
+        pictures = [make_picture(seed) for seed in range(4)]
+        asked = [pictures[1]] + [
+            cv2.addWeighted(pictures[seed], 0.8, make_picture(9), 0.2, 0) for seed in (2, 3)
+        ]
+        for file, picture in zip([*database, *queries], [*pictures, *asked], strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
+            file.write_bytes(data.tobytes())  # whatever its suffix says
+
+    return write
+
+
+def check_published(report: dict[str, Any]) -> None:
+    """What the pictures of ``write_pictures`` come to."""
+    assert (report["queries"], report["looked_up"], report["database"]) == (2, 3, 4)
+    assert (report["tolerance"], report["tolerance_unit"]) == (25.0, "m")
+    assert report["true_if"] == "taken within 25 m" and report["min_time_gap_s"] is None
+    figures = report["global"]
+    assert figures["recall_at_1"] == 0.5
+    assert figures["recall_at_5"] == figures["recall_at_10"] == 1.0
+    # The surest answer is the only true one, and there were two to find.
+    assert figures["auc"] == figures["recall_at_100_precision"] == 0.5
+
+
+def write_db_struct(path: Path, database: Sequence[str], queries: Sequence[str]) -> None:
+    io = pytest.importorskip("scipy.io", reason="scipy is not installed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    struct = {
+        "dbImageFns": np.array([[name] for name in database], object),
+        "utmDb": np.array([DATABASE_EAST, [0] * 4], np.float64),
+        "qImageFns": np.array([[name] for name in queries], object),
+        "utmQ": np.array([QUERY_EAST, [0] * 3], np.float64),
+        "posDistThr": 25.0,
+        "nonTrivPosDistSqThr": 100.0,
+    }
+    io.savemat(path, {"dbStruct": struct})
+
+
+@pytest.mark.parametrize(
+    ("specification", "database_folder", "query_folder", "suffix"),
+    [
+        ("datasets/pitts30k_test.mat", ".", "queries_real", ".jpg"),
+        ("pitts30k_test.mat", "images", "queries", ".jpg"),
+        ("datasets/tokyo247.mat", ".", "247query_subset_v2", ".png"),
+        ("tokyo247.mat", "images", "query", ".jpg"),
+    ],
+)
+def test_pittsburgh_and_tokyo(
+    write_pictures: WritePictures,
+    tiny_model: PlaceModel,
+    tmp_path: Path,
+    specification: str,
+    database_folder: str,
+    query_folder: str,
+    suffix: str,
+) -> None:
+    root = tmp_path / "set"
+    database, queries = [f"{i // 2:03}/{i}.jpg" for i in range(4)], [f"{i}.jpg" for i in range(3)]
+    write_db_struct(root / specification, database, queries)
+    write_pictures(
+        [(root / database_folder / name).with_suffix(suffix) for name in database],
+        [root / query_folder / name for name in queries],
+    )
+    (benchmark,) = find_benchmarks(root)
+    assert benchmark.name == Path(specification).stem
+    report = evaluate(benchmark, tiny_model)
+    check_published(report)
+    assert (report["query_sequence"], report["database_sequence"]) == (query_folder, "set")
+    assert [one.name for one in find_benchmarks(tmp_path)] == [benchmark.name]
+
+
+def test_of_netvlads_lists_the_set_with_queries_is_meant(
+    write_pictures: WritePictures, tmp_path: Path
+) -> None:
+    # The archive brings the lists of both.
+    for name in ("pitts30k_test", "tokyo247"):
+        write_db_struct(tmp_path / "datasets" / f"{name}.mat", list("abcd"), list("xyz"))
+    with pytest.raises(SourceError, match=r"4 of 4 database images .* unpack 000\.tar"):
+        find_benchmarks(tmp_path)
+    write_pictures(
+        [tmp_path / name for name in "abcd"],
+        [tmp_path / "247query_subset_v2" / name for name in "xyz"],
+    )
+    assert [one.name for one in find_benchmarks(tmp_path)] == ["tokyo247"]
+
+
+@pytest.fixture
+def msls(write_pictures: WritePictures, tmp_path: Path) -> Path:
+    """Three cities, of which one is for training; the second query of each is a panorama."""
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    for name in ("melbourne", "goa", "amman"):
+        files: list[list[Path]] = []
+        for side, east in (("database", DATABASE_EAST), ("query", [*QUERY_EAST, 0])):
+            folder = tmp_path / "train_val" / name / side
+            folder.mkdir(parents=True)
+            rows = [f"{side}{i},{x},0" for i, x in enumerate(east)]
+            (folder / "postprocessed.csv").write_text(
+                "\n".join(["key,easting,northing", *rows]) + "\n"
+            )
+            rows = [f"{side}{i},{side == 'query' and i == 3}" for i in range(len(east))]
+            (folder / "raw.csv").write_text("\n".join(["key,pano", *rows]) + "\n")
+            files.append([folder / "images" / f"{side}{i}.jpg" for i in range(len(east))])
+        write_pictures(files[0], files[1][:3])
+    return tmp_path
+
+
+def test_cities_of_msls(
+    msls: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The two that the figures are given for, in the order in which they are.
+    assert [one.name for one in find_benchmarks(msls)] == ["msls_amman", "msls_goa"]
+    options = ("--bundle", tiny_bundle, "--backend", "onnxruntime", "--output", tmp_path / "out")
+    monkeypatch.chdir(msls / "train_val" / "melbourne")
+    for folder in (".", msls / "train_val" / "goa"):
+        assert run("evaluate", folder, *options) == 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["msls_goa.json", "msls_melbourne.json"]
+    for file in files:
+        report = json.loads(file.read_text())
+        check_published(report)
+        assert (report["query_sequence"], report["database_sequence"]) == ("query", "database")
+        assert report["model_id"].startswith("tiny-")
+
+
+def test_a_listed_image_that_cannot_be_read_ends_it(
+    msls: Path, tiny_model: PlaceModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    city = msls / "train_val" / "goa"
+    (city / "query" / "images" / "query1.jpg").write_bytes(b"")
+    (benchmark,) = find_benchmarks(city)
+    with pytest.raises(BenchmarkError, match=r"goa/query cannot be used \(empty image"):
+        evaluate(benchmark, tiny_model)
+    assert "empty image at images/query1.jpg" in caplog.text
+
+
+def test_without_scipy_only_published_sets_fail(
+    make_images: MakeImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delitem(sys.modules, "vpr_lite_ros.training.datasets", raising=False)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    write_loops(make_images(tmp_path / "hall", [0, 1]), (1, 0))
+    assert len(find_benchmarks(tmp_path)) == 1
+    (tmp_path / "tokyo").mkdir()
+    (tmp_path / "tokyo" / "tokyo247.mat").write_bytes(b"")
+    assert run("evaluate", tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "tokyo holds tokyo247, and reading that needs scipy (" in err
+    assert "pip install -r requirements/train.txt" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rerank", [0, 1])
+def test_tokens_are_stored_for_reranking_only(
+    make_images: MakeImages,
+    tiny_model: PlaceModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rerank: int,
+) -> None:
+    stored: list[NDArray[np.float16]] = []
+    add = KeyframeDatabase.add
+
+    def keep(database: KeyframeDatabase, stamp_ns: int, description: Any) -> int:
+        stored.append(description.tokens)
+        return add(database, stamp_ns, description)
+
+    monkeypatch.setattr(KeyframeDatabase, "add", keep)
+    before, after = (make_images(tmp_path / name, [0, 1]) for name in ("before", "after"))
+    evaluate(aligned("same", after, before), tiny_model, rerank=rerank)
+    count = tiny_model.bundle.max_patches if rerank else 0
+    assert [len(tokens) for tokens in stored] == [count, count]
+    # An empty view would keep all of an image's tokens in memory.
+    assert rerank or all(tokens.base is None for tokens in stored)
 
 
 # -- re-ranking ----------------------------------------------------------------------------------

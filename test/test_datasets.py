@@ -20,10 +20,12 @@ from vpr_lite_ros.training.datasets import (
     PlaceDataset,
     PlaceIds,
     Positions,
+    load_dataset,
     load_msls,
     load_pitts30k,
     load_place_images,
     load_posed_images,
+    load_sequences,
     load_tokyo247,
 )
 
@@ -409,6 +411,54 @@ def test_images_of_named_places(tmp_path: Path) -> None:
         ([0], [0, 2]),
     ]
     assert dataset.queries_with_positives.tolist() == [0, 2]
+
+
+def test_clips_know_their_neighbours(tmp_path: Path) -> None:
+    rows = [f"{clip}{i}.jpg,{clip},{i}" for i in range(8) for clip in "ab"]
+    table = write_table(tmp_path / "walk" / "frames.csv", "file,clip,order", rows)
+    touch(tmp_path / "walk", [row.split(",")[0] for row in rows])
+    first, second = load_sequences(table)
+    assert (first.name, second.name) == ("walk/a", "walk/b")
+    assert [path.name for path in second.queries] == [f"b{i}.jpg" for i in range(8)]
+    assert known(first, 0) == ([1], [0, 1, 2, 3, 4, 5])
+    assert known(first, 6) == ([5, 7], [1, 2, 3, 4, 5, 6, 7])
+
+
+def test_a_recipe_names_a_data_set(pittsburgh: Path, tmp_path: Path) -> None:
+    assert load_dataset({"pitts30k": str(pittsburgh), "split": "train"}).name == "pitts30k_train"
+    touch(tmp_path / "own", ["a.jpg", "b.jpg"])
+    places = write_table(tmp_path / "own" / "p.csv", "file,place", ["a.jpg,x", "b.jpg,x"])
+    posed = write_table(tmp_path / "own" / "q.csv", "file,x,y", ["a.jpg,0,0", "b.jpg,99,0"])
+    assert isinstance(load_dataset({"table": str(places)}).truth, PlaceIds)
+    assert isinstance(load_dataset({"table": str(posed)}).truth, Positions)
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [({"msls": "data", "city": "melbourne"}, "load_msls"), ({"tokyo247": "data"}, "load_tokyo247")],
+)
+def test_a_recipe_names_other_data_sets(
+    entry: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(f"vpr_lite_ros.training.datasets.{name}", lambda *args: seen.append(args))
+    load_dataset(entry)
+    assert seen == [(Path("data"), *list(entry.values())[1:])]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"pitts30k": "data"},
+        {"pitts30k": "data", "split": "all"},
+        {"msls": "data"},
+        {"table": "a.csv", "split": "train"},
+    ],
+)
+def test_an_entry_that_names_no_data_set_says_how(entry: dict[str, str]) -> None:
+    with pytest.raises(SourceError, match=r"names no data set: write \{pitts30k: ROOT, split"):
+        load_dataset(entry)
 
 
 @pytest.mark.parametrize(

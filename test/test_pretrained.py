@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from argparse import Namespace
@@ -16,9 +17,11 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from vpr_lite_ros.export import CheckpointError  # noqa: E402
-from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
-from vpr_lite_ros.training.pretrained import load_pretrained  # noqa: E402
+from vpr_lite_ros.export import CheckpointError, export_bundle  # noqa: E402
+from vpr_lite_ros.models.matcher import PairMatcher  # noqa: E402
+from vpr_lite_ros.models.place import PlaceNetwork  # noqa: E402
+from vpr_lite_ros.models.repvgg import RepVGGLite, standardise  # noqa: E402
+from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics  # noqa: E402
 
 Weights = dict[str, Tensor]
 
@@ -288,3 +291,55 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         load_pretrained(RepVGGLite(), save(tmp_path / "list.pth", [torch.zeros(3)]))
     with pytest.raises(CheckpointError, match=r"missing.* and 2\d\d more"):
         load_pretrained(RepVGGLite(), save(tmp_path / "nothing.pth", {}))
+
+
+# Bundles
+
+
+def similarity(one: Tensor, two: Tensor) -> float:
+    return float(torch.cosine_similarity(one.flatten(), two.flatten(), dim=0))
+
+
+def test_a_bundle_gives_its_backbone_back(
+    tiny_networks: tuple[PlaceNetwork, PairMatcher], image: Tensor, tmp_path: Path
+) -> None:
+    place, match = copy.deepcopy(tiny_networks)
+    with torch.no_grad():
+        for norm in (m for m in place.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            # As in a trained network, no two tensors are the same: export stores such once.
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor += 0.1 * torch.rand_like(tensor)
+    bundle = export_bundle(place, match, {}, tmp_path / "bundle", name="trained")
+    backbone = RepVGGLite()
+    accounting = load_pretrained(backbone, bundle)
+    with torch.no_grad():
+        found, wanted = backbone.eval()(image), place.backbone.eval()(image)
+    assert similarity(found, wanted) > 0.9999
+    assert "vlad.centroids" in accounting.unused and len(accounting.used) > 200
+    # It can be trained further: training mode begins where evaluation mode left off.
+    views = 255 * torch.rand(4, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    before = backbone(standardise(views)).detach()
+    backbone.train()
+    assert similarity(backbone(standardise(views)), before) < 0.98
+    load_pretrained(backbone, bundle)
+    restore_statistics(backbone, views)
+    assert backbone.training
+    assert similarity(backbone(standardise(views)), before) > 0.999
+    restore_statistics(backbone, views)
+    assert similarity(backbone.eval()(standardise(views)), before) > 0.9999
+
+
+def test_a_folded_bundle_is_refused(
+    tiny_networks: tuple[PlaceNetwork, PairMatcher], tmp_path: Path
+) -> None:
+    folded = export_bundle(*tiny_networks, {}, tmp_path / "folded", name="folded", fold=True)
+    with pytest.raises(CheckpointError, match=r"folded for deployment.*branches: kept"):
+        load_pretrained(RepVGGLite(), folded)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model bundle"):
+        load_pretrained(RepVGGLite(), tmp_path)
+    (tmp_path / "place.onnx").write_bytes(b"not a graph")
+    with pytest.raises(CheckpointError, match="no model bundle"):
+        load_pretrained(RepVGGLite(), tmp_path)

@@ -1,4 +1,4 @@
-"""The recipe of the first bundle: distilling that survives being killed, fitting, thresholds."""
+"""Training: a loop that survives being killed, its stages, and the way to a bundle."""
 
 from __future__ import annotations
 
@@ -16,34 +16,26 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
-from safetensors import safe_open  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from vpr_lite_ros.export import CheckpointError, load_networks  # noqa: E402
 from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
+from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
 from vpr_lite_ros.training.augment import distort, random_crop  # noqa: E402
 from vpr_lite_ros.training.datasets import PlaceDataset, PlaceIds  # noqa: E402
-from vpr_lite_ros.training.distill import (  # noqa: E402
-    DistillConfig,
-    Student,
-    distil,
-    load_checkpoint,
-    save_checkpoint,
-)
-from vpr_lite_ros.training.files import image_files  # noqa: E402
+from vpr_lite_ros.training.distill import Distill, DistillConfig  # noqa: E402
+from vpr_lite_ros.training.files import TrainingError, image_files  # noqa: E402
 from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402
-from vpr_lite_ros.training.recipe import (  # noqa: E402
-    FitConfig,
-    RecipeError,
-    fit_bundle,
-    read_recipe,
-)
-from vpr_lite_ros.training.thresholds import (  # noqa: E402
-    least_threshold,
-    score_pairs,
-)
+from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
+from vpr_lite_ros.training.recipe import read_recipe, train_place  # noqa: E402
+from vpr_lite_ros.training.thresholds import least_threshold, score_pairs  # noqa: E402
+from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss  # noqa: E402
+from vpr_lite_ros.training.views import ViewPairs, Views, ViewsConfig  # noqa: E402
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
@@ -85,92 +77,410 @@ def test_crops_are_windows_of_the_size_asked_for(
     assert len({crop.tobytes() for crop in crops}) == 20
 
 
-# Distilling
+# The loop of all stages
 
 
 @pytest.fixture
-def distill_config(data_dir: Path, make_picture: MakePicture, tmp_path: Path) -> DistillConfig:
-    """Eight steps on small crops with the real teachers; some seconds on one core."""
+def pictures(make_picture: MakePicture, tmp_path: Path) -> Path:
+    """A folder of six images."""
     write_pictures(tmp_path / "images", [make_picture(i, (160, 120)) for i in range(6)])
-    return DistillConfig(
-        images=[str(tmp_path / "images")],
-        teachers=str(data_dir / "teachers"),
-        output=str(tmp_path / "student.safetensors"),
-        steps=8,
-        batch=4,
-        size=64,
-        warmup_steps=2,
-        save_every=2,
-        workers=0,
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def places(make_picture: MakePicture, tmp_path: Path) -> Path:
+    """A table of six places 30 m apart, each seen twice, 2 m apart."""
+    seen = [make_picture(i // 2, (160, 120)) for i in range(12)]
+    seen[1::2] = [np.roll(picture, 6, axis=1) for picture in seen[1::2]]
+    files = write_pictures(tmp_path / "places", seen)
+    rows = [{"file": f.name, "x": 30 * (i // 2) + 2 * (i % 2), "y": 0} for i, f in enumerate(files)]
+    _write_table(tmp_path / "places" / "poses.csv", rows)
+    return tmp_path / "places" / "poses.csv"
+
+
+@pytest.fixture
+def recipe(pictures: Path, places: Path, tmp_path: Path) -> dict[str, Any]:
+    """Views, triplets and a bundle; some seconds a stage on one core."""
+    return {
+        "name": "made-in-a-test",
+        "about": "a test",
+        "licence": "none",
+        "output": str(tmp_path / "out"),
+        "views": {
+            "images": [str(pictures)],
+            "places": [str(places)],
+            "steps": 6,
+            "batch": 4,
+            "size": 64,
+            "clusters": 4,
+            "workers": 0,
+        },
+        "triplet": {
+            "data": {"table": str(places)},
+            "validation": {"table": str(places)},
+            "image_size": [96, 64],
+            "steps": 6,
+            "round_steps": 3,
+            "batch": 2,
+            "negatives": 2,
+            "clusters": 4,
+            "workers": 0,
+        },
+    }
+
+
+def write_recipe(content: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def start(path: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    """``vpr-lite train place PATH`` in a process group of its own, or several by torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "vpr_lite_ros.cli", "train", "place", str(path), *options]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
-_DISTIL = """
-import json, sys
-import torch
-from vpr_lite_ros.training.distill import DistillConfig, distil
-torch.set_num_threads(1)
-distil(DistillConfig(**json.loads(sys.argv[1])))
-"""
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    return out
 
 
-def _distil_in_a_process(config: DistillConfig) -> subprocess.Popen[bytes]:
-    import json
-    from dataclasses import asdict
-
-    values = {k: v for k, v in asdict(config).items() if k != "minutes"}
-    return subprocess.Popen([sys.executable, "-c", _DISTIL, json.dumps(values)])
-
-
-def _step(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"])
-
-
-def test_a_killed_training_goes_on_and_ends_where_it_would_have(
-    distill_config: DistillConfig, tmp_path: Path
-) -> None:
-    whole = replace(distill_config, output=str(tmp_path / "whole.safetensors"))
-    assert _distil_in_a_process(whole).wait(200) == 0
-    output = Path(distill_config.output)
-    process = _distil_in_a_process(distill_config)
-    until = time.monotonic() + 200
-    while _step(output) == 0:
-        assert process.poll() is None and time.monotonic() < until, "no checkpoint was written"
+def kill_at_a_checkpoint(process: subprocess.Popen[str], checkpoint: Path, step: int) -> None:
+    until = time.monotonic() + 250
+    while not checkpoint.exists() or read_checkpoint(checkpoint).step < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until, "no checkpoint was written"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    killed_at = _step(output)
-    assert 0 < killed_at < 8, "it ended before it could be killed"
-    assert _distil_in_a_process(distill_config).wait(200) == 0
-    assert _step(output) == 8
-    with safe_open(output, framework="pt") as one, safe_open(whole.output, framework="pt") as two:
-        assert sorted(one.keys()) == sorted(two.keys())
-        for name in one.keys():
-            assert torch.allclose(one.get_tensor(name), two.get_tensor(name), atol=1e-5), name
-        assert '"batch": 4' in one.metadata()["config"]
-    assert not list(tmp_path.glob("*.tmp"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def assert_same(one: Path, two: Path) -> None:
+    a, b = read_checkpoint(one), read_checkpoint(two)
+    assert a.step == b.step and a.finished and b.finished
+    assert sorted(a.weights) == sorted(b.weights)
+    for name, tensor in a.weights.items():
+        assert torch.allclose(tensor.double(), b.weights[name].double(), atol=1e-5), name
+
+
+@pytest.mark.parametrize(("stage", "killed_at"), [("views", 2), ("triplet", 4)])
+def test_a_killed_training_goes_on_and_ends_where_it_would_have(
+    recipe: dict[str, Any], tmp_path: Path, stage: str, killed_at: int
+) -> None:
+    recipe.pop("triplet" if stage == "views" else "views")
+    whole = write_recipe(recipe | {"output": str(tmp_path / "whole")}, tmp_path / "whole.yaml")
+    finish(start(whole))
+    path, output = write_recipe(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
+    kill_at_a_checkpoint(start(path), output / f"{stage}.safetensors", killed_at)
+    killed = read_checkpoint(output / f"{stage}.safetensors")
+    assert killed_at <= killed.step < 6 and not killed.finished, "it ended before it was killed"
+    out = finish(start(path))
+    assert f"going on at step {killed.step}" in out
+    assert_same(output / f"{stage}.safetensors", tmp_path / "whole" / f"{stage}.safetensors")
+    assert killed.config["batch"] == recipe[stage]["batch"]
+    assert not list(output.glob("*.tmp"))
+    # All is done: the same command does nothing again.
+    before = (output / f"{stage}.safetensors").stat().st_mtime_ns
+    assert "is finished: 6 steps" in finish(start(path))
+    assert (output / f"{stage}.safetensors").stat().st_mtime_ns == before
+
+
+def test_each_step_is_saved_unless_asked_otherwise(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from vpr_lite_ros.training import loop
+
+    saved: list[int] = []
+    config = ViewsConfig(**recipe["views"])
+    original = loop.save
+
+    def save(*args: Any, **options: Any) -> None:
+        saved.append(args[4])
+        original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, devices() as on:
+        patch.setattr(loop, "save", save)
+        train(Views(config, RepVGGLite()), config, tmp_path / "a.safetensors", on)
+        assert saved == [1, 2, 3, 4, 5, 6, 6]
+        saved.clear()
+        rarely = replace(config, save_every_s=1e6)
+        train(Views(rarely, RepVGGLite()), rarely, tmp_path / "b.safetensors", on)
+        assert saved == [6]
+
+
+def test_two_processes_average_their_gradients(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Started by torchrun, both end with the same weights, which are not those of one alone."""
+    recipe |= {"views": recipe["views"] | {"steps": 2}, "triplet": recipe["triplet"] | {"steps": 3}}
+    alone = write_recipe(recipe | {"output": str(tmp_path / "alone")}, tmp_path / "alone.yaml")
+    finish(start(alone))
+    path = write_recipe(recipe, tmp_path / "recipe.yaml")
+    finish(start(path, processes=2))
+    for stage, steps in (("views", 2), ("triplet", 3)):
+        two = read_checkpoint(tmp_path / "out" / f"{stage}.safetensors")
+        one = read_checkpoint(tmp_path / "alone" / f"{stage}.safetensors")
+        assert two.step == steps and two.finished
+        name = "vlad.centroids"
+        assert not torch.equal(two.weights[name], one.weights[name])
+    # Both processes mined the same: twice as many triplets, none of them empty.
+    assert len(two.weights["mined"]) == 2 * len(one.weights["mined"]) and two.weights["mined"].any()
+
+
+def test_tensorboard_shows_loss_and_recall(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_place(write_recipe(recipe, tmp_path / "recipe.yaml"))
+    for stage, names in (
+        ("views", {"loss", "recall", "local", "learning_rate"}),
+        ("triplet", {"loss", "recall", "cache/recall_at_1", "validation/recall_at_5"}),
+    ):
+        events = EventAccumulator(str(tmp_path / "out" / stage)).Reload()
+        assert names <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("cache/recall_at_1")] == [0, 3]
+
+
+def test_the_learning_rate_warms_up_and_ends_near_zero(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = ViewsConfig(**recipe["views"] | {"warmup_steps": 2, "learning_rate": 1e-3})
+    with devices() as on:
+        train(Views(config, RepVGGLite()), config, tmp_path / "a.safetensors", on)
+    events = EventAccumulator(str(tmp_path / "a")).Reload()
+    rates = [event.value for event in events.Scalars("learning_rate")]
+    cosine = [(1 + np.cos(np.pi * step / 6)) / 2 * 1e-3 for step in range(6)]
+    assert rates == pytest.approx([cosine[0] / 2, *cosine[1:]], rel=1e-4)
+
+
+def test_time_ends_a_training(recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = ViewsConfig(**recipe["views"] | {"steps": 100000, "minutes": 0.05})
+    with devices() as on:
+        path = train(Views(config, RepVGGLite()), config, tmp_path / "a.safetensors", on)
+    done = read_checkpoint(path)
+    assert done.finished and 0 < done.step < 1000
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    class Breaks(Views):
+        def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+            result = super().forward(*batch)
+            if path.exists() and read_checkpoint(path).step == 3:
+                result["loss"] = result["loss"] * float("nan")
+            return result
+
+    config, path = ViewsConfig(**recipe["views"]), tmp_path / "a.safetensors"
+    with devices() as on, pytest.raises(TrainingError, match=r"step 3 is nan: lower learning_rate"):
+        train(Breaks(config, RepVGGLite()), config, path, on)
+    done = read_checkpoint(path)
+    assert done.step == 3 and not done.finished
+    assert all(tensor.isfinite().all() for tensor in done.weights.values())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [("truncate", "no checkpoint of a training stage"), ("other", "of another network")],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
+    recipe: dict[str, Any], tmp_path: Path, damage: str, words: str
+) -> None:
+    config = ViewsConfig(**recipe["views"] | {"steps": 1})
+    path = tmp_path / "a.safetensors"
+    with devices() as on:
+        train(Views(config, RepVGGLite()), config, path, on)
+        if damage == "truncate":
+            path.write_bytes(path.read_bytes()[:1000])
+        content = path.read_bytes()
+        other = replace(config, clusters=5)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            train(Views(other, RepVGGLite()), other, path, on)
+    assert str(path) in str(caught.value) and path.read_bytes() == content
+
+
+# Distilling
 
 
 def test_distilling_brings_the_student_nearer_to_its_teachers(
-    distill_config: DistillConfig, caplog: pytest.LogCaptureFixture
+    data_dir: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO")
-    distil(replace(distill_config, steps=30, save_every=10))
-    losses = [
-        float(record.getMessage().split()[3])
-        for record in caplog.records
-        if record.getMessage().startswith("step ")
-    ]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    torch.manual_seed(0)
+    config = DistillConfig(
+        images=[str(pictures)],
+        teachers=str(data_dir / "teachers"),
+        steps=30,
+        batch=4,
+        size=64,
+        warmup_steps=5,
+        workers=0,
+    )
+    stage = Distill(config, RepVGGLite())
+    held_out = stage.batches()[2**41]
+    with devices() as on:
+        train(stage, replace(config, steps=1), tmp_path / "one.safetensors", on)
+        stage.eval()
+        before = stage(*held_out)
+        train(stage, config, tmp_path / "student.safetensors", on)
+    stage.eval()
+    after = stage(*held_out)
+    assert after["loss"] < before["loss"] and after["cosine"] > before["cosine"]
+    # The teachers' scales are in the checkpoint, the teachers are not.
+    weights = read_checkpoint(tmp_path / "student.safetensors").weights
+    assert (weights["layer3_std"] > 0).all() and not any("resnet" in name for name in weights)
 
 
-def test_a_folder_without_images_is_named(distill_config: DistillConfig, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty"):
-        distil(replace(distill_config, images=[str(tmp_path / "empty")]))
+# Pairs of views
+
+
+def views_config(pictures: Path, **changes: Any) -> ViewsConfig:
+    settings: dict[str, Any] = {
+        "images": [str(pictures)],
+        "steps": 1,
+        "batch": 4,
+        "size": 64,
+        "clusters": 4,
+    }
+    return ViewsConfig(**settings | changes)
+
+
+def test_the_homography_says_where_each_pixel_of_a_view_is_in_the_other(pictures: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpr_lite_ros.training.views.distort", lambda image, _rng: image)
+        first, second, homography, aligned = ViewPairs(views_config(pictures, size=96))[0]
+    assert aligned.all()
+    for a, b, matrix in zip(first, second, homography.numpy(), strict=True):
+        a, b = (view.permute(1, 2, 0).numpy() for view in (a, b))
+        moved = cv2.warpPerspective(a, matrix, (96, 96))
+        seen = cv2.erode(
+            cv2.warpPerspective(np.full_like(a, 255), matrix, (96, 96)), np.ones((9, 9))
+        )
+        error = np.abs(moved.astype(float) - b)[seen > 0]
+        assert len(error) > 3000 and error.mean() < 12 < np.abs(a.astype(float) - b).mean()
+
+
+def test_a_batch_follows_from_its_number_alone(pictures: Path, places: Path) -> None:
+    config = views_config(pictures, places=[str(places)])
+    for one, two in zip(ViewPairs(config)[7], ViewPairs(config)[7], strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(ViewPairs(config)[7][0], ViewPairs(config)[8][0])
+
+
+def test_half_a_batch_are_places_of_one_data_set_far_from_each_other(
+    pictures: Path, places: Path
+) -> None:
+    pairs = ViewPairs(views_config(pictures, places=[str(places)], batch=12))
+    number = {path: i // 2 for i, path in enumerate(sorted(places.parent.glob("*.png")))}
+    for seed in range(5):
+        plan = pairs._plan(np.random.default_rng(seed))
+        of_places = [pair for pair in plan if pair.first.parent == places.parent]
+        assert len(plan) == 12 and len(of_places) == 6
+        assert all(number[pair.first] == number[pair.second] for pair in of_places)
+        assert len({number[pair.first] for pair in of_places}) == 6
+        assert not any(pair.aligned or pair.first == pair.second for pair in of_places)
+
+
+def test_the_local_loss_knows_the_right_cell(pictures: Path) -> None:
+    """Features that move with the scene cost nothing; the same features unmoved cost much."""
+    stage = Views(views_config(pictures, size=128, anchors=64), RepVGGLite())
+    torch.manual_seed(1)
+    scene = torch.nn.functional.normalize(torch.randn(2, 192, 8, 12), dim=1)
+    # B looks two cells to the right: what is at x in A is at x − 32 pixels in B.
+    features = torch.cat([scene[..., 0:8], scene[..., 2:10]])
+    shift = torch.tensor([[[1.0, 0, -32], [0, 1, 0], [0, 0, 1]]] * 2)
+    aligned = torch.tensor([True, True])
+    right, hits = stage._local_loss(features, shift, aligned)
+    wrong, misses = stage._local_loss(features, torch.eye(3).expand(2, 3, 3), aligned)
+    assert right < 0.01 and hits == 1
+    assert wrong > 3 and misses < 0.2
+    nothing, _ = stage._local_loss(features, shift, ~aligned)
+    assert nothing == 0
+
+
+def test_views_teach_places(pictures: Path, places: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = views_config(pictures, places=[str(places)], steps=30, workers=0, warmup_steps=5)
+    stage = Views(config, RepVGGLite())
+    held_out = ViewPairs(config)[2**41]
+    with devices() as on:
+        train(stage, replace(config, steps=1), tmp_path / "one.safetensors", on)
+        stage.eval()
+        before = stage(*held_out)["loss"]
+        train(stage, config, tmp_path / "views.safetensors", on)
+    stage.eval()
+    assert stage(*held_out)["loss"] < before - 0.2
+
+
+# Triplets
+
+
+def test_the_triplet_loss_by_hand() -> None:
+    unit = torch.eye(4)
+    near = torch.tensor([0.96, 0.28, 0.0, 0.0])  # squared distance 0.08 from the first axis
+    mid = torch.tensor([0.9, 0.0, 0.4359, 0.0])  # 0.2
+    vlad = torch.stack(
+        [torch.stack([unit[0], near, mid, unit[3]]), torch.stack([unit[0], mid, near, unit[3]])]
+    )
+    loss, satisfied = triplet_loss(vlad, 0.15)
+    # First query: 0.08 + 0.15 − 0.2 = 0.03; second: 0.2 + 0.15 − 0.08 = 0.27; far ones: none.
+    assert loss.item() == pytest.approx((0.03 + 0.27) / 2, abs=1e-4)
+    assert satisfied.item() == 0.5
+
+
+def test_mining_takes_the_nearest_positive_and_the_hardest_negatives(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = TripletConfig(**recipe["triplet"])
+    with devices() as on:
+        stage = Triplet(config, RepVGGLite(), on)
+        figures = stage.begin_round(0)
+        mined = stage.trained.get_buffer("mined").numpy()
+        again = Triplet(config, RepVGGLite(), on)
+        vlads = stage._describe(stage.images)
+    assert mined.shape == (3 * 2, 4)
+    count = len(stage.dataset.queries)
+    for query, positive, *negatives in mined:
+        assert (positive - count) // 2 == query // 2 and positive - count != query
+        assert all((negative - count) // 2 != query // 2 for negative in negatives)
+        far = [i for i in range(count, 2 * count) if (i - count) // 2 != query // 2]
+        similarity = {i: float(vlads[i] @ vlads[query]) for i in far}
+        assert sorted(negatives, key=lambda i: -similarity[i]) == list(negatives)
+        assert similarity[negatives[0]] == pytest.approx(max(similarity.values()), abs=1e-5)
+    assert 0 <= figures["cache/recall_at_1"] <= figures["validation/recall_at_5"] <= 1
+    assert not again.trained.get_buffer("mined").any()
+    # What a step reads is what was mined for it.
+    (images,) = stage.batches()[1]
+    for row, wanted in zip(images, mined[2:4], strict=True):
+        assert all(
+            torch.equal(image, stage.images[i]) for image, i in zip(row, wanted, strict=True)
+        )
+
+
+def test_too_few_negatives_are_named(recipe: dict[str, Any]) -> None:
+    config = TripletConfig(**recipe["triplet"] | {"negatives": 11})
+    with devices() as on, pytest.raises(TrainingError, match=r"has only 10 .* 11 are needed"):
+        Triplet(config, RepVGGLite(), on).begin_round(0)
+
+
+def test_triplets_leave_batch_norm_as_it_was(recipe: dict[str, Any], tmp_path: Path) -> None:
+    backbone = RepVGGLite()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    config = TripletConfig(**recipe["triplet"] | {"learning_rate": 1e-3})
+    with devices() as on:
+        train(Triplet(config, backbone, on), config, tmp_path / "t.safetensors", on)
+    changed = {k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(name.endswith("conv.weight") for name in changed)
+    assert not any("running" in name for name in changed)
 
 
 # Fitting
@@ -220,28 +530,6 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-@pytest.fixture
-def labelled_folder(make_picture: MakePicture, tmp_path: Path) -> Path:
-    """The three labelled sets, in their layouts, with three places of two images each."""
-    root = tmp_path / "labelled"
-    for name, table in (("grief_places", "places.csv"), ("webcam", "images.csv")):
-        pictures = [make_picture(i // 2, (160, 120)) for i in range(6)]
-        pictures[1::2] = [(picture * 0.5).astype(np.uint8) for picture in pictures[1::2]]
-        files = write_pictures(root / name / "images", pictures)
-        rows = [{"file": f"images/{f.name}", "place": i // 2} for i, f in enumerate(files)]
-        _write_table(root / name / table, rows)
-    files = write_pictures(
-        root / "karlsruhe" / "images", [make_picture(10 + i, (160, 120)) for i in range(6)]
-    )
-    positions = (0, 8, 20, 40, 49, 80)
-    rows = [
-        {"file": f"images/{f.name}", "x": x, "y": 0}
-        for f, x in zip(files, positions, strict=True)
-    ]
-    _write_table(root / "karlsruhe" / "poses.csv", rows)
-    return root
-
-
 def test_pairs_of_one_place_score_higher(
     tiny_model: PlaceModel, make_picture: MakePicture, tmp_path: Path
 ) -> None:
@@ -257,45 +545,61 @@ def test_pairs_of_one_place_score_higher(
         assert values[scores.true].min() > values[~scores.true].max()
 
 
-# The whole second half of the recipe
+# From nothing to a bundle
 
 
-def test_a_checkpoint_becomes_a_bundle_with_thresholds(
-    labelled_folder: Path, make_picture: MakePicture, tmp_path: Path
+def test_one_command_makes_a_bundle(
+    recipe: dict[str, Any], pictures: Path, places: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(3)
-    student = Student()
-    optimiser = torch.optim.AdamW(student.parameters())
-    backbone = tmp_path / "backbone.safetensors"
-    save_checkpoint(backbone, student, optimiser, 12, 90.0, DistillConfig([], "", ""))
-    assert load_checkpoint(backbone, Student()) == (12, 90.0)
-    images = tmp_path / "fit"
-    write_pictures(images, [make_picture(50 + i, (160, 120)) for i in range(10)])
-    config = FitConfig(
-        backbone=str(backbone),
-        images=[str(images)],
-        labelled=str(labelled_folder),
-        networks=str(tmp_path / "networks.safetensors"),
-        bundle=str(tmp_path / "bundle"),
-        name="made-in-a-test",
-        about="a test",
-        image_count=9,
-        clusters=4,
-        dimension=16,
-        max_patches=30,
-        false_rate=0.1,
-    )
-    bundle = fit_bundle(config)
+    """Pretrained backbone, views, triplets, fit; the bundle runs and says how it was made."""
+    recipe["fit"] = {
+        "images": [str(pictures), str(places.parent)],
+        "labelled": [{"table": str(places)}, {"table": str(places), "distorted": True}],
+        "most_queries": 8,
+        "image_size": [96, 64],
+        "image_count": 14,
+        "dimension": 16,
+        "max_patches": 10,
+        "false_rate": 0.1,
+    }
+    torch.manual_seed(5)
+    pretrained = RepVGGLite()
+    last_stage = {"stage4.0.rbr_dense.conv.weight": torch.zeros(1), "linear.bias": torch.zeros(2)}
+    torch.save(pretrained.state_dict() | last_stage, tmp_path / "a0.pth")
+    path = write_recipe(recipe, tmp_path / "recipe.yaml")
+    out = finish(start(path, "--backbone", str(tmp_path / "a0.pth")))
+    bundle = tmp_path / "out" / "bundle"
+    assert out.strip().endswith(str(bundle))
+    assert "stage4.0.rbr_dense.conv.weight" in out and "linear.bias" in out, "not accounted for"
     model = open_model(bundle)
     card = model.bundle.card
     assert (card["about"], model.bundle.name) == ("a test", "made-in-a-test")
-    assert (model.bundle.dimension, model.bundle.max_patches) == (16, 30)
-    assert "12 steps" in card["training"]["backbone"]
-    assert card["training"]["clusters_and_pca"].startswith("9 images")
+    assert (model.bundle.dimension, model.bundle.max_patches) == (16, 10)
+    assert card["training"]["views"]["steps"] == 6
+    assert card["training"]["views"]["data"] == ["images", "places"]
+    assert card["training"]["triplet"]["batch"] == 2
+    assert card["training"]["licence"] == "none"
+    assert card["training"]["fit"].startswith("PCA on 14 images")
     thresholds = card["thresholds"]
     assert -1 <= thresholds["similarity"] <= 1 and 0 <= thresholds["match"] <= 1
     assert isinstance(thresholds["inliers"], int) and thresholds["inliers"] >= 0
-    assert set(thresholds["measured_on"]) == {"grief_places", "webcam", "karlsruhe"}
+    # The clusters are those that triplets trained, the backbone began as it was given.
+    place, _, _ = load_networks(tmp_path / "out" / "networks.safetensors")
+    trained = read_checkpoint(tmp_path / "out" / "triplet.safetensors")
+    assert torch.equal(place.vlad.centroids, trained.part("vlad")["centroids"])
+    weights, given = place.backbone.state_dict(), pretrained.state_dict()
+    name = "stages.2.3.conv_kxk.conv.weight"
+    distance = (weights[name] - given[name]).norm() / given[name].norm()
+    assert 0 < distance < 0.1
+
+
+def test_empty_clusters_need_a_stage_that_trains_some(
+    recipe: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
+    content = {k: recipe[k] for k in ("name", "about", "licence", "output")}
+    content["fit"] = {"images": [str(pictures)], "labelled": []}
+    with pytest.raises(TrainingError, match=r"fit\.clusters is empty"):
+        train_place(write_recipe(content, tmp_path / "recipe.yaml"))
 
 
 # Configuration files
@@ -304,31 +608,46 @@ def test_a_checkpoint_becomes_a_bundle_with_thresholds(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("distil: {images: [a], teachers: b, output: c, step: 3}", ["distil.step", "unknown"]),
-        ("distil: {images: [a], teachers: b}", ["distil.output", "missing"]),
-        ("fit: {}", ["distil"]),
-        ("- a", ["distil"]),
+        (
+            "{name: a, about: b, licence: d, output: c, views: {image: [a], steps: 3}}",
+            ["views.image", "unknown"],
+        ),
+        (
+            "{name: a, about: b, licence: d, output: c, views: {images: [a]}}",
+            ["views.steps", "missing"],
+        ),
+        ("{name: a, about: b, licence: d, output: c, views: 3}", ["views", "3"]),
+        ("{name: a, about: b, licence: d, output: c}", ["no stage", "distil, views, triplet, fit"]),
+        ("{name: a, about: b, licence: d, views: {images: [a], steps: 3}}", ["output is missing"]),
+        ("{name: a, about: b, licence: d, output: c, view: {}}", ["view is unknown"]),
+        ("- a", ["no entries"]),
         ("a: [", ["not YAML"]),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(path, "distil", DistillConfig)
+    with pytest.raises(TrainingError) as caught:
+        read_recipe(path)
     for word in [*words, str(path)]:
         assert word in str(caught.value)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="nowhere"):
-        read_recipe(tmp_path / "nowhere.yaml", "fit", FitConfig)
+    with pytest.raises(TrainingError, match="nowhere"):
+        read_recipe(tmp_path / "nowhere.yaml")
 
 
-def test_the_shipped_recipe_can_be_read(repository: Path) -> None:
+def test_a_folder_without_images_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe["views"]["images"] = [str(tmp_path / "empty")]
+    with pytest.raises(TrainingError, match=r"views\.images: .*empty"):
+        train_place(write_recipe(recipe, tmp_path / "recipe.yaml"))
+
+
+def test_the_shipped_recipes_can_be_read(repository: Path) -> None:
     for path in (repository / "config" / "training").glob("*.yaml"):
-        assert read_recipe(path, "distil", DistillConfig).steps > 0
-        assert read_recipe(path, "fit", FitConfig).name == path.stem
+        assert read_recipe(path).name == path.stem
 
 
 def test_images_are_found_in_order(tmp_path: Path) -> None:

@@ -16,15 +16,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.bags import Frame, read_pairs, read_poses
+from vpr_lite_ros.bags import Frame, Source, read_pairs, read_poses
+from vpr_lite_ros.bags.pixels import UnusableImage, decode_file
 from vpr_lite_ros.bags.sources import FolderSource
 from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.evaluation import (
@@ -41,6 +44,9 @@ from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.progress import progress
 from vpr_lite_ros.summary import Record, write_json
 
+if TYPE_CHECKING:
+    from vpr_lite_ros.training.datasets import PlaceDataset
+
 log = logging.getLogger(__name__)
 
 RECALL_KS = (1, 5, 10)
@@ -51,15 +57,52 @@ DATABASE_TRAVERSE = "day_right"
 QUERY_TRAVERSES = {"day": "day_left", "night": "night_right"}
 """Traverses of Gardens Point. day_right is the database, as in the literature's figures."""
 
+QUERY_FOLDERS = {
+    "pitts30k_test": ("queries_real", "queries"),
+    "tokyo247": ("247query_subset_v2", "query"),
+}
+"""NetVLAD's data sets by the name of their ``.mat`` file, and where their queries may lie."""
+
+MSLS_CITIES = ("amman", "trondheim", "goa", "london")
+"""The cities of MSLS that figures are given for."""
+
 LAYOUTS = (
     "a folder of images (or with a sub-folder images) and loops.csv (query,match) or poses.csv "
     f"(file,x,y), a folder with {DATABASE_TRAVERSE} and {' or '.join(QUERY_TRAVERSES.values())}, "
-    "or a folder of such folders; two aligned sequences go with --queries A --database B"
+    "Pittsburgh 30k, Tokyo 24/7 or MSLS as published (pitts30k_test.mat, tokyo247.mat, "
+    f"train_val/{{{','.join(MSLS_CITIES)}}}), a city of MSLS (train_val/<city>), or a folder of "
+    "such folders; two aligned sequences go with --queries A --database B"
 )
 
 
 class BenchmarkError(ValueError):
     """Images or labels that cannot be evaluated; the message says which, and what to do."""
+
+
+class ListedImages(Source):
+    """Image files in the order of a list. Their stamps number them, from 0, and are no time.
+
+    Parameters
+    ----------
+    path
+        The folder that they all lie in, however deep.
+    """
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        super().__init__(path)
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def frames(self) -> Iterator[Frame]:
+        for number, file in enumerate(self._files):
+            try:
+                image = decode_file(file.read_bytes())
+            except UnusableImage as cause:
+                self._skip(str(cause), str(file.relative_to(self.path)))
+                continue
+            yield Frame(number, image, file.name)
 
 
 @dataclass(frozen=True)
@@ -70,8 +113,8 @@ class Benchmark:
     """
 
     name: str
-    queries: FolderSource
-    database: FolderSource | None
+    queries: Source
+    database: Source | None
     """None: one sequence, in which frames are looked up among the frames before them."""
     truth: GroundTruth
     tolerance: float
@@ -85,7 +128,7 @@ class Benchmark:
         return 0 if self.database is None else len(self.database)
 
     @property
-    def sources(self) -> list[FolderSource]:
+    def sources(self) -> list[Source]:
         """Where all frames come from, in their order."""
         return [self.queries] if self.database is None else [self.database, self.queries]
 
@@ -95,9 +138,14 @@ class Benchmark:
 
     def findable(self, min_time_gap_s: float) -> Booleans:
         """(Q,) which of the frames that are looked up have an eligible true match."""
-        stamps = np.array([stamp for source in self.sources for stamp in _stamps(source)])
-        frames, gap_ns = range(len(stamps)), self.gap_ns(min_time_gap_s)
-        return findable(self.truth, frames, stamps, gap_ns)[self.first_query :]
+        if self.database is None:
+            assert isinstance(self.queries, FolderSource)  # a list knows no time
+            stamps = np.array(_stamps(self.queries))
+            return findable(self.truth, range(len(stamps)), stamps, self.gap_ns(min_time_gap_s))
+        # ``findable`` would look up the database's frames, too: slow where they are 75,000.
+        known = np.arange(self.first_query)
+        asked = range(self.first_query, self.first_query + len(self.queries))
+        return np.array([self.truth.same_place(query, known).any() for query in asked], np.bool_)
 
 
 @dataclass(frozen=True)
@@ -123,6 +171,10 @@ def find_benchmarks(
     - ``poses.csv``: one sequence, true is what was taken within ``radius_m``;
     - ``day_right`` and ``day_left`` or ``night_right``: Gardens Point, ``<folder>_day`` and
       ``<folder>_night``, frame-aligned traverses (``aligned``) with day_right as the database;
+    - ``pitts30k_test.mat`` or ``tokyo247.mat``, there or in ``datasets/``: Pittsburgh 30k (test)
+      and Tokyo 24/7, queries looked up in the whole database, true by the file's ``posDistThr``;
+    - ``train_val/<city>``: MSLS, each of ``MSLS_CITIES`` that is there, true within 25 m without
+      regard to the direction of view. The folder of any one city is a benchmark, too;
     - none of these: every sub-folder that is one of these; others are left out with a warning.
 
     Parameters
@@ -137,7 +189,8 @@ def find_benchmarks(
     Raises
     ------
     BenchmarkError, SourceError
-        If there is no benchmark, or labels and images do not fit together.
+        If there is no benchmark, labels and images do not fit together, or a data set in its
+        published layout cannot be read without scipy.
     """
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
@@ -191,7 +244,60 @@ def _recognise(folder: Path, radius_m: float, tolerance: int, rate_hz: float) ->
             for light, query in QUERY_TRAVERSES.items()
             if (folder / query).is_dir()
         ]
-    return []
+    return _published(folder)
+
+
+def _published(folder: Path) -> list[Benchmark]:
+    """The data sets that lie in ``folder`` as they were published."""
+    named = [
+        name
+        for name in QUERY_FOLDERS
+        if any((folder / place / f"{name}.mat").is_file() for place in ("datasets", "."))
+    ]
+    # One archive brings the .mat files of all: meant are those whose queries are there. If there
+    # are none, loading fails with what to unpack.
+    unpacked = [
+        name for name in named if any((folder / child).is_dir() for child in QUERY_FOLDERS[name])
+    ]
+    named = unpacked or named
+    whole = folder.absolute()  # "." has no name
+    if whole.parent.name == "train_val" and (folder / "database").is_dir():
+        root, cities = whole.parent.parent, [whole.name]
+    else:
+        root = folder
+        cities = [city for city in MSLS_CITIES if (folder / "train_val" / city).is_dir()]
+    if not named and not cities:
+        return []
+    try:
+        from vpr_lite_ros.training.datasets import load_msls, load_pitts30k, load_tokyo247
+    except ImportError as error:
+        raise BenchmarkError(
+            f"{folder} holds {', '.join(named + cities)}, and reading that needs scipy ({error}): "
+            "pip install -r requirements/train.txt"
+        ) from error
+    datasets = [
+        load_tokyo247(folder) if name == "tokyo247" else load_pitts30k(folder, "test")
+        for name in named
+    ]
+    return [_from_dataset(one) for one in datasets + [load_msls(root, city) for city in cities]]
+
+
+def _from_dataset(dataset: PlaceDataset) -> Benchmark:
+    from vpr_lite_ros.training.datasets import Positions
+
+    at = dataset.truth
+    assert isinstance(at, Positions)  # all that are published are labelled by position
+    xyz = np.pad(np.concatenate([at.database, at.queries]), ((0, 0), (0, 1)))
+    radius_m = at.negative_radius_m
+    truth = RadiusTruth(xyz, radius_m)
+    queries, database = _listed(dataset.queries), _listed(dataset.database)
+    return Benchmark(dataset.name, queries, database, truth, radius_m, "m")
+
+
+def _listed(files: Sequence[Path]) -> ListedImages:
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    # Of the sequence, the folder above says more.
+    return ListedImages(folder.parent if folder.name == "images" else folder, files)
 
 
 def _from_loops(name: str, folder: Path, rate_hz: float) -> Benchmark:
@@ -339,10 +445,11 @@ def _look_up(
         "",  # a temporary file: tokens of a long sequence do not fit into memory
         model_id=bundle.model_id,
         dimension=bundle.dimension,
-        max_patches=bundle.max_patches,
+        # Without re-ranking no tokens are stored: those of Tokyo 24/7 would take 30 GB.
+        max_patches=bundle.max_patches if rerank else 0,
         session=benchmark.name,
     )
-    frames = itertools.chain.from_iterable(map(_frames, benchmark.sources))
+    frames = itertools.chain.from_iterable(map(read_frames, benchmark.sources))
     total = sum(map(len, benchmark.sources))
     number_of: dict[int, int] = {}  # frame number by id of the keyframe
     with closing(keyframes):
@@ -359,6 +466,8 @@ def _look_up(
                     scores = _match_scores(model, description.tokens, keyframes, ids[:rerank])
                     reranked.append(reorder(retrieved[-1], scores))
             if benchmark.database is None or number < first:
+                if not rerank:
+                    description = replace(description, tokens=description.tokens[:0].copy())
                 number_of[keyframes.add(frame.stamp_ns, description)] = number
     return retrieved, reranked
 
@@ -382,8 +491,14 @@ def reorder(answer: Answer, scores: Sequence[float]) -> Answer:
     return Answer(answer.frame, matches, max(scores, default=math.nan))
 
 
-def _frames(source: FolderSource) -> Iterator[Frame]:
-    """Every frame of ``source``, so that frame numbers are places in the folder."""
+def read_frames(source: Source) -> Iterator[Frame]:
+    """Every frame of ``source``, so that frame numbers are places in the folder or list.
+
+    Raises
+    ------
+    BenchmarkError
+        If an image cannot be read.
+    """
     for frame in source:
         if source.skipped:
             break

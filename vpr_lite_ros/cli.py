@@ -154,22 +154,18 @@ def export(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Make a model: `distil` a backbone, then `fit` clusters, projection and thresholds."""
+    """Train a network and make a bundle of it, as a recipe says."""
     try:
-        from vpr_lite_ros.training.distill import DistillConfig, distil
-        from vpr_lite_ros.training.recipe import FitConfig, fit_bundle, read_recipe
+        from vpr_lite_ros.training.recipe import train_place
     except ImportError as error:
         print(
-            f"vpr-lite: error: training needs torch ({error}): "
+            f"vpr-lite: error: training needs torch and more ({error}): "
             "pip install -r requirements/train.txt",
             file=sys.stderr,
         )
         return FAILED
     logging.getLogger("vpr_lite_ros").setLevel(logging.INFO)
-    if args.stage == "distil":
-        print(distil(read_recipe(args.config, "distil", DistillConfig)))
-    else:
-        print(fit_bundle(read_recipe(args.config, "fit", FitConfig)))
+    print(train_place(args.config, args.backbone))
     return OK
 
 
@@ -247,8 +243,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
 
     options = command(train)
-    options.add_argument("stage", choices=("distil", "fit"), help="which stage to run")
-    options.add_argument("config", type=Path, help="training configuration (YAML)")
+    options.add_argument("network", choices=("place",), help="which network")
+    options.add_argument("config", type=Path, help="recipe (YAML), as in config/training")
+    options.add_argument(
+        "--backbone", type=Path, metavar="FILE",
+        help="begin with a pretrained RepVGG-A0, in its authors' or timm's names, or with a bundle",
+    )  # fmt: skip
 
     command(parameters)
     return parser
@@ -310,7 +310,7 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset", type=Path, nargs="?", metavar="DATASET",
         help="folder of images with loops.csv or poses.csv, folder with day_right and day_left "
-        "or night_right, or a folder of these",
+        "or night_right, Pittsburgh 30k, Tokyo 24/7 or MSLS as published, or a folder of these",
     )  # fmt: skip
     parser.add_argument(
         "--queries", type=Path, metavar="A", help="in place of DATASET: folder of images to find"

@@ -49,9 +49,7 @@ class KeyframeConfig:
         minimum=0,
         maximum=1000,
     )
-    min_rotation_rad: float = _parameter(
-        0.3, "... or turned this far.", minimum=0, maximum=math.pi
-    )
+    min_rotation_rad: float = _parameter(0.3, "... or turned this far.", minimum=0, maximum=math.pi)
     max_similarity: float = _parameter(
         0.9,
         "Without odometry: an image whose descriptor is closer than this (cosine) to the last "

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PLACE_GRAPH = "place.onnx"
 MATCH_GRAPH = "match.onnx"
 BUNDLE_FORMAT = 1
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "distilled-v0"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v1"
 """The model bundle that ships with the package."""
 
 Arrays = dict[str, NDArray[Any]]

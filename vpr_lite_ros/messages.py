@@ -134,9 +134,7 @@ def _unknown_pose() -> PoseWithCovariance:
     return pose
 
 
-def _pose_of(
-    rotation: NDArray[np.float64], direction: NDArray[np.float64]
-) -> PoseWithCovariance:
+def _pose_of(rotation: NDArray[np.float64], direction: NDArray[np.float64]) -> PoseWithCovariance:
     """Rotation and a unit vector; its length is not known, so neither is the translation."""
     pose = PoseWithCovariance()
     x, y, z = (float(value) for value in direction)

@@ -41,6 +41,26 @@ def random_crop(
     return np.ascontiguousarray(crop)
 
 
+def move(image: Image, rng: np.random.Generator) -> Image:
+    """``image`` from a standpoint nearby: shifted, scaled and slanted a little.
+
+    What lies outside of it is its mirror image.
+    """
+    height, width = image.shape[:2]
+    size = np.array([width, height])
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float64)
+    looked_at = size / 2 + rng.uniform([-0.2, -0.1], [0.2, 0.1]) * size
+    scale = math.exp(rng.uniform(-0.25, 0.25))
+    window = (corners * scale + rng.normal(0, 0.04, (4, 2))) * size / 2 + looked_at
+    homography = cv2.getPerspectiveTransform(
+        window.astype(np.float32), ((corners + 1) / 2 * (size - 1)).astype(np.float32)
+    )
+    moved = cv2.warpPerspective(
+        image, homography, (width, height), borderMode=cv2.BORDER_REFLECT_101
+    )
+    return np.asarray(moved, np.uint8)
+
+
 def distort(image: Image, rng: np.random.Generator) -> Image:
     """``image`` in another light, season or camera; every pixel stays where it is."""
     picture = image.astype(np.float32) / 255

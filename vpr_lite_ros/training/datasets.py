@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -252,6 +252,76 @@ def load_place_images(table: Path) -> PlaceDataset:
     images = _listed_images(table, rows)
     places = tuple(row["place"] for row in rows)
     return PlaceDataset(table.parent.name, images, images, PlaceIds(places, places))
+
+
+def load_places(table: Path) -> PlaceDataset:
+    """Images of named places or with positions, by the columns that ``table`` has.
+
+    See ``load_place_images`` and ``load_posed_images``.
+    """
+    way_out = "list each image and the place it shows, or where it was taken"
+    columns = _read_columns(Path(table), ("file",), way_out)[0]
+    return load_place_images(table) if "place" in columns else load_posed_images(table)
+
+
+def load_sequences(
+    table: Path, positive_frames: int = 1, negative_frames: int = 5
+) -> list[PlaceDataset]:
+    """Frames of one or more clips in order of time; one data set a clip.
+
+    Neighbours show the same place, frames far from each other another one: what is known of any
+    recording that does not come back to where it was.
+
+    Parameters
+    ----------
+    table
+        CSV file with the columns ``file`` (relative to the table's folder) and ``clip``, rows in
+        order of time.
+    positive_frames, negative_frames
+        Up to the former apart, two frames show the same place; beyond the latter they do not.
+
+    Raises
+    ------
+    SourceError
+        If the table, a column or an image is missing.
+    """
+    table = Path(table)
+    rows = _read_columns(table, ("file", "clip"), "list each image and the clip it belongs to")
+    clips: dict[str, list[Path]] = {}
+    for row, image in zip(rows, _listed_images(table, rows), strict=True):
+        clips.setdefault(row["clip"], []).append(image)
+    found = []
+    for clip, images in clips.items():
+        order = np.arange(len(images), dtype=np.float64)[:, None]
+        truth = Positions(order, order, positive_frames, negative_frames)
+        found.append(PlaceDataset(f"{table.parent.name}/{clip}", *2 * (tuple(images),), truth))
+    return found
+
+
+def load_dataset(entry: Mapping[str, Any]) -> PlaceDataset:
+    """The data set that an entry of a training configuration names.
+
+    ``{pitts30k: ROOT, split: train}``, ``{tokyo247: ROOT}``, ``{msls: ROOT, city: melbourne}`` or
+    ``{table: FILE}``, a CSV file with ``file`` and ``place`` or ``file``, ``x`` and ``y``.
+
+    Raises
+    ------
+    SourceError
+        If the entry is none of these, or as the loaders above.
+    """
+    match dict(entry):
+        case {"pitts30k": root, "split": "train" | "val" | "test" as split, **rest} if not rest:
+            return load_pitts30k(Path(root), split)
+        case {"tokyo247": root, **rest} if not rest:
+            return load_tokyo247(Path(root))
+        case {"msls": root, "city": city, **rest} if not rest:
+            return load_msls(Path(root), str(city))
+        case {"table": table, **rest} if not rest:
+            return load_places(Path(table))
+    raise SourceError(
+        f"{dict(entry)} names no data set: write {{pitts30k: ROOT, split: train}} (or val, test), "
+        "{tokyo247: ROOT}, {msls: ROOT, city: melbourne} or {table: FILE}"
+    )
 
 
 # dbStruct of NetVLAD

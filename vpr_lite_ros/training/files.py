@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from vpr_lite_ros.image import Image
+
+
+class TrainingError(ValueError):
+    """Training data or settings that do not fit; the message names the entry and the value."""
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -24,3 +29,23 @@ def read_rgb(path: Path) -> Image:
     if picture is None:
         raise ValueError(f"{path} cannot be read as an image: remove it or mend it")
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def weighted_folders(
+    folders: Sequence[str], what: str
+) -> tuple[list[list[Path]], NDArray[np.float64]]:
+    """Each folder's image files, and with which probability to draw from it.
+
+    ``what`` names the entry that lists the folders, for the message if one holds no image.
+    """
+    found = [list(image_files(Path(folder))) for folder in folders]
+    for folder, files in zip(folders, found, strict=True):
+        if not files:
+            raise TrainingError(f"{what}: no JPEG or PNG files under {folder}")
+    return found, by_root([len(files) for files in found])
+
+
+def by_root(sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Shares of one: large sets count for more, but do not drown the small ones."""
+    roots = np.sqrt(sizes)
+    return np.asarray(roots / roots.sum(), np.float64)

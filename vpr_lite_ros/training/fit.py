@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vpr_lite_ros.image import Image, fit
+from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
-from vpr_lite_ros.training.augment import distort
-from vpr_lite_ros.training.files import read_rgb
+from vpr_lite_ros.training.augment import distort, move
+from vpr_lite_ros.training.files import TrainingError, read_rgb
 
 log = logging.getLogger(__name__)
 
@@ -31,29 +32,45 @@ def fit_place_network(
     images: list[Path],
     *,
     image_size: tuple[int, int] = (640, 480),
-    clusters: int = 32,
+    clusters: int | NetVLAD = 32,
     dimension: int = 512,
     max_patches: int,
     seed: int = 0,
 ) -> PlaceNetwork:
     """Put clusters and a whitening projection on top of ``backbone``.
 
-    Every image is seen as it is and once distorted (another light, season or camera), so that
-    directions in which a place changes with the light have large variance and are whitened
-    down. ``images`` must give at least ``dimension`` pictures.
+    Every image is seen as it is, once distorted (another light, season or camera) and once from
+    a standpoint nearby, so that directions in which a place changes with the light or with the
+    standpoint have large variance and are whitened down. ``images`` must give at least
+    ``dimension`` pictures.
+
+    Parameters
+    ----------
+    clusters
+        How many to find by k-means, or a NetVLAD whose clusters are trained already.
     """
-    if 2 * len(images) < dimension:
-        raise ValueError(f"{len(images)} images cannot span {dimension} dimensions: give more")
-    place = PlaceNetwork(image_size, clusters, dimension, max_patches)
+    if 3 * len(images) < dimension:
+        raise TrainingError(
+            f"fit.images: {len(images)} images cannot span {dimension} dimensions: give more"
+        )
+    trained = clusters if isinstance(clusters, NetVLAD) else None
+    count = clusters.clusters if isinstance(clusters, NetVLAD) else clusters
+    place = PlaceNetwork(image_size, count, dimension, max_patches)
     place.backbone = backbone
     place.eval()
     rng = np.random.default_rng(seed)
     maps: list[Tensor] = []
     for path in tqdm(images, desc="describe"):
         image = fit(read_rgb(path), image_size)
-        maps += [local_features(place, image), local_features(place, distort(image, rng))]
-    sample = torch.cat([cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps])
-    place.vlad.set_clusters(torch.from_numpy(k_means(sample.numpy(), clusters, seed)), SHARPNESS)
+        moved = move(image, rng)
+        seen = (image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved)
+        maps += [local_features(place, picture) for picture in seen]
+    if trained:
+        place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
+    else:
+        chosen = [cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps]
+        centroids = k_means(torch.cat(chosen).numpy(), count, seed)
+        place.vlad.set_clusters(torch.from_numpy(centroids), SHARPNESS)
     vlads = torch.cat([whole_image_vlad(place, cells) for cells in maps])
     mean, components, variances = principal_components(vlads, dimension)
     log.info("PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vlads.var(0).sum()))

@@ -1,4 +1,4 @@
-"""A backbone that begins with weights from ImageNet: RepVGG-A0 checkpoints of others.
+"""A backbone that begins with the weights of others, or with those of a model bundle.
 
 Two namings are known: the original one (``stage1.0.rbr_dense.conv.weight``; RepVGG-A0-train.pth
 of its authors) and timm's (``stages.0.0.conv_kxk.conv.weight``), which this package uses too.
@@ -7,6 +7,8 @@ Both name the same tensors. RepVGG-lite ends before RepVGG-A0's last stage and h
 These networks saw images standardised by ImageNet's mean and deviation, this package's see each
 image standardised by its own (``models.repvgg.standardise``): both of the order of one, so the
 weights are a start, not a finished backbone.
+
+A bundle holds the backbone, too: so a model that ships can be trained further on one's own places.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpr_lite_ros.export import CheckpointError
-from vpr_lite_ros.models.repvgg import RepVGGLite
+from vpr_lite_ros.inference import PLACE_GRAPH
+from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +63,8 @@ def load_pretrained(backbone: RepVGGLite, path: Path) -> Accounting:
         With its branches (not ``folded``). Untouched if the checkpoint is refused.
     path
         ``.safetensors``, else a file of ``torch.save`` that holds tensors only: a state dict, or
-        one under ``state_dict`` or ``model``; names may begin with ``module.``.
+        one under ``state_dict`` or ``model``; names may begin with ``module.``. Or the folder of
+        a model bundle that keeps its branches.
 
     Raises
     ------
@@ -65,7 +73,7 @@ def load_pretrained(backbone: RepVGGLite, path: Path) -> Accounting:
         another shape or not finite; the message names the entries.
     """
     path = Path(path)
-    content = _read(path)
+    content = _read_bundle(path) if path.is_dir() else _read(path)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds no named tensors but a {type(content).__name__}: pass a state dict"
@@ -108,8 +116,44 @@ def load_pretrained(backbone: RepVGGLite, path: Path) -> Accounting:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(weights[name])
-    log.info("%s: %d tensors used, %d left out: %s", path, len(used), len(unused), _some(unused))
+    named = [name for name in unused if not name.endswith(_COUNTER)]
+    counters = len(unused) - len(named)
+    log.info(
+        "%s: %d tensors used; left out: %d batch counters and %s",
+        *(path, len(used), counters, _some(named, limit=40)),
+    )
     return Accounting(tuple(used), tuple(unused))
+
+
+@torch.no_grad()
+def restore_statistics(backbone: RepVGGLite, images: Tensor) -> None:
+    """Make training mode compute what evaluation mode does.
+
+    A bundle does not say what batch norm had measured. Here it measures ``images`` (B, 3, H, W),
+    0…255, and takes its scale and offset along: in evaluation mode nothing changes, and training
+    begins where that left off.
+    """
+    measured: dict[nn.BatchNorm2d, tuple[Tensor, Tensor]] = {}
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+        measured[norm] = mean, variance
+
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    was_training = backbone.training
+    backbone.eval()(standardise(images.float()))
+    backbone.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    for norm, (mean, variance) in measured.items():
+        assert norm.running_mean is not None and norm.running_var is not None
+        slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+        norm.bias.add_(slope * (mean - norm.running_mean))
+        norm.weight.copy_(slope * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
 
 def _read(path: Path) -> Any:
@@ -126,6 +170,41 @@ def _read(path: Path) -> Any:
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _read_bundle(folder: Path) -> dict[str, Any]:
+    """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it.
+
+    Where export has folded a batch norm into its convolution, one that only adds the bias is
+    put behind it: for a network in evaluation mode, the same.
+    """
+    path = folder / PLACE_GRAPH
+    try:
+        graph = onnx.load(path).graph
+    except (OSError, DecodeError) as error:
+        raise CheckpointError(f"{folder} is no model bundle: {path}: {error}") from error
+    tensors = {
+        tensor.name.removesuffix("_f16"): torch.from_numpy(
+            numpy_helper.to_array(tensor).astype(np.float32)
+        )
+        for tensor in graph.initializer
+    }
+    prefix = "backbone."
+    entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if any(re.search(r"\.\d+\.conv\.weight$", name) for name in entries):
+        raise CheckpointError(
+            f"{folder} holds blocks folded for deployment, which cannot be trained further: pass "
+            "a bundle whose model.yaml says `branches: kept`"
+        )
+    for name in [name for name in entries if name.endswith(".conv.weight_bias")]:
+        bias, norm = entries.pop(name), name.removesuffix("conv.weight_bias") + "bn."
+        entries[norm + "weight"] = torch.ones_like(bias)
+        entries[norm + "bias"] = bias
+        entries[norm + "running_mean"] = torch.zeros_like(bias)
+        entries[norm + "running_var"] = torch.full_like(bias, 1 - nn.BatchNorm2d(1).eps)
+    # Names without a dot are constants of the graph.
+    rest = {name: None for name in tensors if "." in name and not name.startswith(prefix)}
+    return {"state_dict": entries, **rest}
 
 
 def _unwrapped(content: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,53 +1,65 @@
-"""A training configuration file, and the stage that makes the first bundle from a backbone."""
+"""A training configuration, and all stages from nothing to a bundle.
+
+A recipe is a YAML file: ``name``, ``about``, ``licence``, ``output``, and one entry for each
+stage to run, always in this order: ``distil`` (what ImageNet networks see), ``views`` (places,
+from pairs of views), ``triplet`` (the paper's recipe for labelled places), ``fit`` (clusters,
+projection, thresholds, bundle). Each stage goes on with the backbone that the one before left.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from vpr_lite_ros.export import export_bundle, save_networks
 from vpr_lite_ros.inference import open_model
 from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
-from vpr_lite_ros.training.distill import Student, load_checkpoint
-from vpr_lite_ros.training.files import image_files
+from vpr_lite_ros.models.repvgg import RepVGGLite
+from vpr_lite_ros.training.distill import Distill, DistillConfig
+from vpr_lite_ros.training.files import TrainingError, weighted_folders
 from vpr_lite_ros.training.fit import fit_place_network
+from vpr_lite_ros.training.loop import (
+    Devices,
+    Schedule,
+    Stage,
+    devices,
+    read_checkpoint,
+    train,
+)
+from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
 from vpr_lite_ros.training.thresholds import least_threshold, score_labelled_sets
+from vpr_lite_ros.training.triplet import Triplet, TripletConfig
+from vpr_lite_ros.training.views import Views, ViewsConfig
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
-
-class RecipeError(ValueError):
-    """A training configuration that does not fit; the message names the file and the entry."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """From a distilled backbone to a bundle."""
+    """From a trained backbone to a bundle."""
 
-    backbone: str
-    """Checkpoint that ``distil`` wrote."""
     images: list[str]
-    """Folders to fit clusters and PCA on."""
-    labelled: str
-    """Folder of the labelled sets that thresholds are measured on."""
-    networks: str
-    """Where both networks go, as safetensors."""
-    bundle: str
-    """Where the model bundle goes."""
-    name: str
-    about: str
-    image_count: int = 1200
-    clusters: int = 32
+    """Folders to fit clusters and projection on."""
+    labelled: list[dict[str, Any]]
+    """Data sets that thresholds are measured on; see ``score_labelled_sets``."""
+    most_queries: int = 500
+    """Of each labelled set."""
+    image_size: Sequence[int] = (640, 480)
+    """Width and height that the network sees, multiples of 16."""
+    image_count: int = 800
+    clusters: int | None = None
+    """How many to find by k-means; empty: those that the stage before has trained."""
     dimension: int = 512
     max_patches: int = 400
     temperature: float = 40.0
@@ -55,103 +67,240 @@ class FitConfig:
     dustbin: float = 0.7
     """Inner product below which two patches are rather no match."""
     false_rate: float = 0.002
-    """Share of the false pairs that may reach a recommended threshold."""
+    """Share of each set's false pairs that may reach a recommended threshold."""
     seed: int = 0
 
 
-def read_recipe(path: Path, stage: str, kind: type[T]) -> T:
-    """The entry ``stage`` of a YAML file as a dataclass ``kind``; ``RecipeError`` names faults."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training configuration; stages that are None are not run."""
+
+    name: str
+    """Of the bundle."""
+    about: str
+    """What the model card says of it."""
+    licence: str
+    """What its training images allow; the model card says so."""
+    output: str
+    """Folder for checkpoints, logs and the bundle."""
+    distil: DistillConfig | None = None
+    views: ViewsConfig | None = None
+    triplet: TripletConfig | None = None
+    fit: FitConfig | None = None
+
+
+_STAGES: dict[str, Any] = {
+    "distil": DistillConfig,
+    "views": ViewsConfig,
+    "triplet": TripletConfig,
+    "fit": FitConfig,
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A YAML file as a ``Recipe``; ``TrainingError`` names the file and the entry at fault."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
+        raise TrainingError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    values = content.get(stage) if isinstance(content, dict) else None
+        raise TrainingError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} holds no entries: see config/training for examples")
+    stages = {
+        stage: _make(kind, content.pop(stage), path, f"{stage}.")
+        for stage, kind in _STAGES.items()
+        if stage in content
+    }
+    recipe: Recipe = _make(Recipe, content | stages, path, "")
+    if not stages:
+        raise TrainingError(f"{path} has no stage: add {', '.join(_STAGES)} or some of them")
+    return recipe
+
+
+def _make(kind: Any, values: Any, path: Path, prefix: str) -> Any:
+    """The dataclass ``kind`` of an entry of ``path``."""
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} has no entry {stage!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        raise TrainingError(f"{path}: {prefix.rstrip('.')} is {values!r}, should hold entries")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise RecipeError(f"{path}: {stage}.{name} is unknown; known: {', '.join(fields)}")
+            raise TrainingError(f"{path}: {prefix}{name} is unknown; known: {', '.join(fields)}")
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise RecipeError(f"{path}: {stage}.{name} is missing")
+            raise TrainingError(f"{path}: {prefix}{name} is missing")
     return kind(**values)
 
 
-def fit_bundle(config: FitConfig) -> Path:
-    """Fit clusters and PCA, export, measure thresholds, export with them; return the bundle."""
-    student = Student()
-    steps, seconds = load_checkpoint(Path(config.backbone), student)
+def train_place(path: Path, backbone_file: Path | None = None) -> Path:
+    """Run all stages of the recipe ``path``; return the bundle, or else the last checkpoint.
+
+    What is finished is not done again: killed at any moment, the same command goes on.
+
+    Parameters
+    ----------
+    backbone_file
+        Checkpoint of RepVGG-A0 or a bundle to begin with (``training.pretrained``); None: random
+        weights.
+    """
+    recipe = read_recipe(path)
+    output = Path(recipe.output)
+    torch.manual_seed(0)  # the same random weights in each run
+    with devices() as on:
+        backbone = RepVGGLite()
+        if backbone_file:
+            load_pretrained(backbone, backbone_file)
+            if backbone_file.is_dir() and (moves := recipe.distil or recipe.views):
+                # Triplets leave batch norm as it is.
+                restore_statistics(backbone, _stage(moves, backbone, on).batches()[2**40][0])
+        last, vlad = output, None
+        for name, config in (
+            ("distil", recipe.distil),
+            ("views", recipe.views),
+            ("triplet", recipe.triplet),
+        ):
+            if config is None:
+                continue
+            last = output / f"{name}.safetensors"
+            if last.exists() and (done := read_checkpoint(last)).finished:
+                log.info("%s is finished: %d steps", last, done.step)
+            else:
+                done = read_checkpoint(train(_stage(config, backbone, on), config, last, on))
+            backbone.load_state_dict(done.part("backbone"), strict=True)
+            vlad = done.part("vlad")
+        if recipe.fit is None or on.rank > 0:
+            return last
+        return fit_bundle(recipe, backbone.cpu(), vlad)
+
+
+def _stage(config: Schedule, backbone: RepVGGLite, on: Devices) -> Stage:
+    match config:
+        case DistillConfig():
+            return Distill(config, backbone)
+        case ViewsConfig():
+            return Views(config, backbone)
+        case TripletConfig():
+            return Triplet(config, backbone, on)
+    raise TypeError(f"no stage for {type(config).__name__}")
+
+
+def fit_bundle(
+    recipe: Recipe, backbone: RepVGGLite, trained_vlad: dict[str, Any] | None = None
+) -> Path:
+    """Fit clusters and PCA, export, measure thresholds, export with them; return the bundle.
+
+    Parameters
+    ----------
+    trained_vlad
+        Clusters that a stage has trained, for ``fit.clusters`` left empty.
+    """
+    config, output = recipe.fit, Path(recipe.output)
+    assert config is not None
     images = _sample(config)
+    width, height = config.image_size
     place = fit_place_network(
-        student.backbone,
+        backbone,
         images,
-        clusters=config.clusters,
+        image_size=(width, height),
+        clusters=_clusters(config, trained_vlad),
         dimension=config.dimension,
         max_patches=config.max_patches,
         seed=config.seed,
     )
     match = PairMatcher(config.dimension, temperature=config.temperature, dustbin=config.dustbin)
     about: dict[str, Any] = {
-        "about": config.about,
+        "about": recipe.about,
         "training": {
-            "backbone": f"distilled for {steps} steps of 64 crops, {seconds / 60:.0f} minutes",
-            "clusters_and_pca": f"{len(images)} images, each also distorted",
-            "data": [str(Path(folder).name) for folder in config.images],
-            "licence": "research use: some training images forbid commercial use",
+            **_history(output),
+            "fit": f"PCA on {len(images)} images, each also distorted and moved",
+            "licence": recipe.licence,
         },
     }
-    Path(config.networks).parent.mkdir(parents=True, exist_ok=True)
-    save_networks(Path(config.networks), place, match, about)
-    return _export_with_thresholds(config, place, match, about)
+    output.mkdir(parents=True, exist_ok=True)
+    save_networks(output / "networks.safetensors", place, match, about)
+    return _export_with_thresholds(recipe.name, config, place, match, about, output / "bundle")
+
+
+def _clusters(config: FitConfig, trained_vlad: dict[str, Any] | None) -> int | NetVLAD:
+    if config.clusters is not None:
+        return config.clusters
+    if not trained_vlad:
+        raise TrainingError("fit.clusters is empty, but no stage before it trains clusters")
+    count, width = trained_vlad["centroids"].shape
+    vlad = NetVLAD(width, count)
+    vlad.load_state_dict(trained_vlad)
+    return vlad
+
+
+def _history(output: Path) -> dict[str, Any]:
+    """For the model card: what each stage has learned from, and for how long."""
+    found: dict[str, Any] = {}
+    for name in ("distil", "views", "triplet"):
+        path = output / f"{name}.safetensors"
+        if path.exists():
+            done = read_checkpoint(path)
+            found[name] = {
+                "steps": done.step,
+                "minutes": round(done.seconds / 60),
+                **{key: done.config[key] for key in ("batch", "size") if key in done.config},
+                "data": _data_names(done.config),
+            }
+    return found
+
+
+def _data_names(config: dict[str, Any]) -> list[str]:
+    folders = [Path(folder).name for folder in config.get("images", ())]
+    kinds = ("fixed_cameras", "places", "sequences")
+    tables = [Path(table).parent.name for kind in kinds for table in config.get(kind, ())]
+    return sorted({*folders, *tables, *(str(key) for key in config.get("data", ()))})
 
 
 def _export_with_thresholds(
-    config: FitConfig, place: PlaceNetwork, match: PairMatcher, about: dict[str, Any]
+    name: str,
+    config: FitConfig,
+    place: PlaceNetwork,
+    match: PairMatcher,
+    about: dict[str, Any],
+    output: Path,
 ) -> Path:
-    bundle = export_bundle(place, match, about, Path(config.bundle), name=config.name)
+    bundle = export_bundle(place, match, about, output, name=name)
     model = open_model(bundle)
-    scores = score_labelled_sets(model, Path(config.labelled), config.seed)
-    for name, found in scores.items():
-        log.info("%s: %d of %d recognised", name, found.recognised, found.queries)
-    true = np.concatenate([found.true for found in scores.values()])
-    match_scores = np.concatenate([found.match for found in scores.values()])
-    inliers = np.concatenate([found.inliers for found in scores.values()])
-    similarities = np.concatenate([found.similarity for found in scores.values()])
+    scores = score_labelled_sets(model, config.labelled, config.most_queries, config.seed)
+    for dataset, found in scores.items():
+        log.info("%s: %d of %d recognised", dataset, found.recognised, found.queries)
+    sets = list(scores.values())
+    # The strictest that any set asks for: streets ask for more than rooms, and pooled with many
+    # easy pairs nobody would hear them.
+    rate = config.false_rate
     about["thresholds"] = {
         # Similarity only thins out what need not be matched; score and geometry decide.
-        "similarity": round(float(np.quantile(similarities[true], 0.02)), 3),
-        "match": round(least_threshold(match_scores, true, config.false_rate), 4),
-        "inliers": math.ceil(least_threshold(inliers, true, config.false_rate)),
+        "similarity": round(min(float(np.quantile(x.similarity[x.true], 0.02)) for x in sets), 3),
+        "match": round(max(least_threshold(x.match, x.true, rate) for x in sets), 4),
+        "inliers": math.ceil(max(least_threshold(x.inliers, x.true, rate) for x in sets)),
         "measured_on": {
-            name: f"{found.recognised} of {found.queries} recognised, {len(found.true)} pairs"
-            for name, found in scores.items()
+            dataset: f"{found.recognised} of {found.queries} recognised, {len(found.true)} pairs"
+            for dataset, found in scores.items()
         },
     }
-    accepted = match_scores >= about["thresholds"]["match"]
-    accepted &= inliers >= about["thresholds"]["inliers"]
-    log.info(
-        "thresholds %s accept %.1f%% of the true and %.2f%% of the false pairs",
-        about["thresholds"],
-        100 * float(accepted[true].mean()),
-        100 * float(accepted[~true].mean()),
-    )
-    return export_bundle(place, match, about, Path(config.bundle), name=config.name)
+    for dataset, found in scores.items():
+        accepted = found.match >= about["thresholds"]["match"]
+        accepted &= found.inliers >= about["thresholds"]["inliers"]
+        log.info(
+            "%s: the thresholds let %.1f%% of the true and %.2f%% of the false pairs pass",
+            dataset,
+            100 * float(accepted[found.true].mean()),
+            100 * float(accepted[~found.true].mean()),
+        )
+    log.info("thresholds %s", about["thresholds"])
+    return export_bundle(place, match, about, output, name=name)
 
 
 def _sample(config: FitConfig) -> list[Path]:
     """About ``image_count`` images, of each folder as many as the root of its size asks for."""
     rng = np.random.default_rng(config.seed)
-    folders = [list(image_files(Path(folder))) for folder in config.images]
-    for folder, files in zip(config.images, folders, strict=True):
-        if not files:
-            raise RecipeError(f"fit.images: no JPEG or PNG files under {folder}")
-    weights = np.sqrt([len(files) for files in folders])
-    wanted = config.image_count * weights / weights.sum()
+    folders, weights = weighted_folders(config.images, "fit.images")
     return [
         files[index]
-        for files, count in zip(folders, wanted, strict=True)
-        for index in rng.permutation(len(files))[: round(count)]
+        for files, weight in zip(folders, weights, strict=True)
+        for index in rng.permutation(len(files))[: round(config.image_count * weight)]
     ]

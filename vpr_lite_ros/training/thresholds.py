@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
 from vpr_lite_ros.training.augment import distort
-from vpr_lite_ros.training.datasets import PlaceDataset, load_place_images, load_posed_images
+from vpr_lite_ros.training.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.training.files import read_rgb
 
 TRUE_PER_QUERY = 3
@@ -22,6 +23,7 @@ FALSE_PER_QUERY = 8
 """Of each query's pairs the most similar ones: what retrieval would bring."""
 NOMINAL_FOCAL = 0.8
 """Focal length, in image widths, of a camera of 64°: most training images name none."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -38,11 +40,21 @@ class Scores:
 
 
 def score_pairs(
-    model: PlaceModel, dataset: PlaceDataset, *, distorted: bool = False, seed: int = 0
+    model: PlaceModel,
+    dataset: PlaceDataset,
+    *,
+    distorted: bool = False,
+    most_queries: int | None = None,
+    seed: int = 0,
 ) -> Scores:
     """Match every query with its most similar true and its most similar false candidates.
 
-    ``distorted``: queries are seen in another light, season or camera (``augment.distort``).
+    Parameters
+    ----------
+    distorted
+        Queries are seen in another light, season or camera (``augment.distort``).
+    most_queries
+        Of more queries, this many are drawn.
     """
     rng = np.random.default_rng(seed)
     size = model.bundle.image_size
@@ -52,8 +64,9 @@ def score_pairs(
     known = np.stack([candidate.descriptor for candidate in candidates])
     found: list[tuple[float, float, float, bool]] = []
     with_partner = recognised = 0
-    for index, path in enumerate(tqdm(dataset.queries, "match")):
-        image = read_rgb(path)
+    chosen_queries = np.sort(rng.permutation(len(dataset.queries))[:most_queries])
+    for index in tqdm(chosen_queries.tolist(), "match"):
+        image = read_rgb(dataset.queries[index])
         query = model.describe(fit(distort(image, rng) if distorted else image, size))
         cosines = known @ query.descriptor
         order = np.argsort(-cosines, kind="stable")
@@ -104,19 +117,21 @@ def least_threshold(
     return float(np.nextafter(false_scores[-1 - allowed], np.float32(np.inf)))
 
 
-def score_labelled_sets(model: PlaceModel, folder: Path, seed: int = 0) -> dict[str, Scores]:
-    """``score_pairs`` on the labelled training sets under ``folder``, by their names.
+def score_labelled_sets(
+    model: PlaceModel, entries: Sequence[Mapping[str, Any]], most_queries: int, seed: int = 0
+) -> dict[str, Scores]:
+    """``score_pairs`` on each of the data sets ``entries`` (``load_dataset``), by their names.
 
-    ``grief_places`` and ``webcam`` name their places, each under many conditions. On the drive
-    ``karlsruhe`` up to 10 m is the same place, beyond 25 m another street scene that looks much
-    the same; its queries are distorted, as it was driven only once. ``ie_tower`` is left out:
-    its floors look alike to people, too.
+    With ``distorted: true`` an entry's queries are seen in another light: for true pairs of
+    places that were seen only once. Its false pairs differ in light, too, and score less than
+    those of one drive by day, so such a set is best listed both ways.
     """
-    grief = load_place_images(folder / "grief_places" / "places.csv")
-    webcam = load_place_images(folder / "webcam" / "images.csv")
-    drive = load_posed_images(folder / "karlsruhe" / "poses.csv")
-    return {
-        grief.name: score_pairs(model, grief, seed=seed),
-        webcam.name: score_pairs(model, webcam, seed=seed),
-        drive.name: score_pairs(model, drive, distorted=True, seed=seed),
-    }
+    found: dict[str, Scores] = {}
+    for entry in entries:
+        distorted = bool(entry.get("distorted", False))
+        dataset = load_dataset({k: v for k, v in entry.items() if k != "distorted"})
+        name = f"{dataset.name}, distorted" if distorted else dataset.name
+        found[name] = score_pairs(
+            model, dataset, distorted=distorted, most_queries=most_queries, seed=seed
+        )
+    return found
