@@ -370,7 +370,7 @@ def test_without_scipy_only_published_sets_fail(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delitem(sys.modules, "vpr_lite_ros.training.datasets", raising=False)
+    monkeypatch.delitem(sys.modules, "vpr_lite_ros.datasets", raising=False)
     monkeypatch.setitem(sys.modules, "scipy", None)
     write_loops(make_images(tmp_path / "hall", [0, 1]), (1, 0))
     assert len(find_benchmarks(tmp_path)) == 1

@@ -16,7 +16,7 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
 import scipy.io
 
 from vpr_lite_ros.bags import SourceError
-from vpr_lite_ros.training.datasets import (
+from vpr_lite_ros.datasets import (
     PlaceDataset,
     PlaceIds,
     Positions,
@@ -441,7 +441,7 @@ def test_a_recipe_names_other_data_sets(
     entry: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(f"vpr_lite_ros.training.datasets.{name}", lambda *args: seen.append(args))
+    monkeypatch.setattr(f"vpr_lite_ros.datasets.{name}", lambda *args: seen.append(args))
     load_dataset(entry)
     assert seen == [(Path("data"), *list(entry.values())[1:])]
 

@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         ),
         ROS,
     ),
+    "scipy": ("datasets.py",),
     "tensorrt": ("tensorrt_runner.py",),
     "pycuda": ("tensorrt_runner.py",),
     "torch": ("models/", "training/", "export.py"),

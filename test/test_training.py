@@ -23,11 +23,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from torch import Tensor  # noqa: E402
 
+from vpr_lite_ros.datasets import PlaceDataset, PlaceIds  # noqa: E402
 from vpr_lite_ros.export import CheckpointError, load_networks  # noqa: E402
 from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
 from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
 from vpr_lite_ros.training.augment import distort, random_crop  # noqa: E402
-from vpr_lite_ros.training.datasets import PlaceDataset, PlaceIds  # noqa: E402
 from vpr_lite_ros.training.distill import Distill, DistillConfig  # noqa: E402
 from vpr_lite_ros.training.files import TrainingError, image_files  # noqa: E402
 from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402

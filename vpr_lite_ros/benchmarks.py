@@ -45,7 +45,7 @@ from vpr_lite_ros.progress import progress
 from vpr_lite_ros.summary import Record, write_json
 
 if TYPE_CHECKING:
-    from vpr_lite_ros.training.datasets import PlaceDataset
+    from vpr_lite_ros.datasets import PlaceDataset
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _published(folder: Path) -> list[Benchmark]:
     if not named and not cities:
         return []
     try:
-        from vpr_lite_ros.training.datasets import load_msls, load_pitts30k, load_tokyo247
+        from vpr_lite_ros.datasets import load_msls, load_pitts30k, load_tokyo247
     except ImportError as error:
         raise BenchmarkError(
             f"{folder} holds {', '.join(named + cities)}, and reading that needs scipy ({error}): "
@@ -283,7 +283,7 @@ def _published(folder: Path) -> list[Benchmark]:
 
 
 def _from_dataset(dataset: PlaceDataset) -> Benchmark:
-    from vpr_lite_ros.training.datasets import Positions
+    from vpr_lite_ros.datasets import Positions
 
     at = dataset.truth
     assert isinstance(at, Positions)  # all that are published are labelled by position

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from vpr_lite_ros.config import Config
+from vpr_lite_ros.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
 from vpr_lite_ros.training.augment import distort
-from vpr_lite_ros.training.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.training.files import read_rgb
 
 TRUE_PER_QUERY = 3

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vpr_lite_ros.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
-from vpr_lite_ros.training.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.training.files import TrainingError, read_rgb
 from vpr_lite_ros.training.fit import SHARPNESS, k_means
 from vpr_lite_ros.training.loop import Batch, Devices, Schedule, Stage

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vpr_lite_ros.datasets import PlaceDataset, load_places, load_sequences
 from vpr_lite_ros.image import Image
 from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 from vpr_lite_ros.training.augment import distort
-from vpr_lite_ros.training.datasets import PlaceDataset, load_places, load_sequences
 from vpr_lite_ros.training.files import by_root, read_rgb, weighted_folders
 from vpr_lite_ros.training.fit import SHARPNESS, k_means
 from vpr_lite_ros.training.loop import Batch, Schedule, Stage
