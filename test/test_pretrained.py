@@ -297,7 +297,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def similarity(one: Tensor, two: Tensor) -> float:
-    return float(torch.cosine_similarity(one.flatten(), two.flatten(), dim=0))
+    return torch.cosine_similarity(one.flatten(), two.flatten(), dim=0).item()
 
 
 def test_a_bundle_gives_its_backbone_back(

@@ -29,11 +29,17 @@ from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
 from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
 from vpr_lite_ros.training.augment import distort, random_crop  # noqa: E402
 from vpr_lite_ros.training.distill import Distill, DistillConfig  # noqa: E402
-from vpr_lite_ros.training.files import TrainingError, image_files  # noqa: E402
+from vpr_lite_ros.training.errors import TrainingError  # noqa: E402
+from vpr_lite_ros.training.files import image_files, read_rgb  # noqa: E402
 from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
 from vpr_lite_ros.training.recipe import read_recipe, train_place  # noqa: E402
-from vpr_lite_ros.training.thresholds import least_threshold, score_pairs  # noqa: E402
+from vpr_lite_ros.training.thresholds import (  # noqa: E402
+    Scores,
+    least_threshold,
+    recommend,
+    score_pairs,
+)
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss  # noqa: E402
 from vpr_lite_ros.training.views import ViewPairs, Views, ViewsConfig  # noqa: E402
 
@@ -189,11 +195,33 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have(
     assert f"going on at step {killed.step}" in out
     assert_same(output / f"{stage}.safetensors", tmp_path / "whole" / f"{stage}.safetensors")
     assert killed.config["batch"] == recipe[stage]["batch"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / stage)).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6], "lost with the killed process"
     assert not list(output.glob("*.tmp"))
     # All is done: the same command does nothing again.
     before = (output / f"{stage}.safetensors").stat().st_mtime_ns
     assert "is finished: 6 steps" in finish(start(path))
     assert (output / f"{stage}.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_changed_recipe_is_said_when_training_goes_on(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ViewsConfig(**recipe["views"] | {"steps": 1})
+    path = tmp_path / "a.safetensors"
+    with devices() as on:
+        train(Views(config, RepVGGLite()), config, path, on)
+        train(Views(config, RepVGGLite()), config, path, on)
+        assert not caplog.records
+        changed = replace(config, learning_rate=0.25, anchors=7)
+        train(Views(changed, RepVGGLite()), changed, path, on)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{path} began with learning_rate 0.0005, now 0.25",
+        f"{path} began with anchors 384, now 7",
+    ]
 
 
 def test_each_step_is_saved_unless_asked_otherwise(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -522,6 +550,31 @@ def test_the_least_threshold_lets_few_false_pairs_pass() -> None:
         least_threshold(scores, np.ones(1001, bool), 0.1)
 
 
+def test_thresholds_are_the_strictest_that_any_set_asks_for() -> None:
+    def scores(match: float, inliers: float) -> Scores:
+        """Ten true pairs, and ten false ones of which the best has these scores."""
+        true = np.arange(20) < 10
+        rising = np.linspace(0.1, 1, 10, dtype=np.float32)
+        similarity = np.concatenate([rising * match, rising]).astype(np.float32)
+        false = np.concatenate([np.ones(10), rising * match]).astype(np.float32)
+        geometry = np.concatenate([np.full(10, 99), rising * inliers]).astype(np.float32)
+        return Scores(similarity, false, geometry, true, 10, 10)
+
+    found = recommend({"rooms": scores(0.2, 40.0), "street": scores(0.5, 30.0)}, 0.0)
+    assert found["match"] == pytest.approx(0.5) and found["inliers"] == 41
+    # The least similar true pairs of the set whose are less similar.
+    assert found["similarity"] == pytest.approx(
+        np.quantile(np.linspace(0.02, 0.2, 10), 0.02), abs=1e-3
+    )
+    assert recommend({"rooms": scores(0.2, 40.0)}, 0.1)["match"] == pytest.approx(0.18, abs=1e-3)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(TrainingError, match=r"a\.jpg cannot be read"):
+        read_rgb(tmp_path / "a.jpg")
+
+
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -593,6 +646,22 @@ def test_one_command_makes_a_bundle(
     assert 0 < distance < 0.1
 
 
+@pytest.mark.parametrize(("is_bundle", "restored"), [(True, 1), (False, 0)])
+def test_batch_norm_is_restored_where_training_begins_with_a_bundle(
+    recipe: dict[str, Any], tmp_path: Path, is_bundle: bool, restored: int
+) -> None:
+    recipe.pop("triplet")
+    recipe["views"]["steps"] = 1
+    given = tmp_path if is_bundle else tmp_path / "a0.pth"
+    calls: list[tuple[int, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        where = "vpr_lite_ros.training.recipe"
+        patch.setattr(f"{where}.load_pretrained", lambda _backbone, path: path == given or 1 / 0)
+        patch.setattr(f"{where}.restore_statistics", lambda _, images: calls.append(images.shape))
+        train_place(write_recipe(recipe, tmp_path / "recipe.yaml"), given)
+    assert calls == [(4, 3, 64, 64)] * restored
+
+
 def test_empty_clusters_need_a_stage_that_trains_some(
     recipe: dict[str, Any], pictures: Path, tmp_path: Path
 ) -> None:
@@ -617,6 +686,19 @@ def test_empty_clusters_need_a_stage_that_trains_some(
             ["views.steps", "missing"],
         ),
         ("{name: a, about: b, licence: d, output: c, views: 3}", ["views", "3"]),
+        (
+            "{name: a, about: b, licence: d, output: c, "
+            "views: {images: [a], steps: 3, learning_rate: 1e-4}}",
+            ["views.learning_rate is '1e-4'", "1.0e-4"],
+        ),
+        (
+            "{name: a, about: b, licence: d, output: c, views: {images: [a], steps: 0}}",
+            ["views.steps is 0"],
+        ),
+        (
+            "{name: a, about: b, licence: d, output: c, views: {images: [a], steps: 3, size: 150}}",
+            ["views.size is 150"],
+        ),
         ("{name: a, about: b, licence: d, output: c}", ["no stage", "distil, views, triplet, fit"]),
         ("{name: a, about: b, licence: d, views: {images: [a], steps: 3}}", ["output is missing"]),
         ("{name: a, about: b, licence: d, output: c, view: {}}", ["view is unknown"]),

@@ -15,6 +15,11 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
     return height - PATCH_SIZE + 1, width - PATCH_SIZE + 1
 
 
+def unit_cells(features: Tensor) -> Tensor:
+    """Feature maps (B, C, H, W) to unit vectors (B, H·W, C), row by row."""
+    return F.normalize(features.flatten(2).transpose(1, 2), dim=2)
+
+
 class NetVLAD(nn.Module):
     """Soft-assigned residuals to K clusters, then PCA with whitening to D (equation 1).
 
@@ -42,6 +47,10 @@ class NetVLAD(nn.Module):
         weight = components / variances.sqrt()[:, None]
         self.pca.weight.copy_(weight)
         self.pca.bias.copy_(-weight @ mean)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """VLAD of whole images, before PCA: unit vectors (B, S, C) to unit vectors (B, K·C)."""
+        return self.aggregate(cells, self.soft_assign(cells))
 
     def soft_assign(self, features: Tensor) -> Tensor:
         """Features (…, C), unit length, to their share in each cluster (…, K)."""

@@ -1,7 +1,8 @@
 """What happens to a robot's camera: crops, and distortions of light, weather and lens.
 
-Crops move the picture; distortions keep every pixel where it is, so that a student that sees
-the distorted picture can be compared, cell by cell, with a teacher that sees the clean one.
+Crops and standpoints move the picture; distortions keep every pixel where it is, so that a
+student that sees the distorted picture can be compared, cell by cell, with a teacher that sees the
+clean one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 """RGB, (H, W, 3)."""
+
+CORNERS = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float64)
+"""x, y of a window's corners, from its centre in halves of its sides."""
 
 
 def random_crop(
@@ -41,6 +45,16 @@ def random_crop(
     return np.ascontiguousarray(crop)
 
 
+def homography_of(window: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
+    """From an image's pixels to those of a view of ``size`` (width, height).
+
+    ``window`` (4, 2) are the view's corners in the image, in the order of ``CORNERS``.
+    """
+    corners = (CORNERS + 1) / 2 * (np.array(size) - 1)
+    found = cv2.getPerspectiveTransform(window.astype(np.float32), corners.astype(np.float32))
+    return np.asarray(found, np.float64)
+
+
 def move(image: Image, rng: np.random.Generator) -> Image:
     """``image`` from a standpoint nearby: shifted, scaled and slanted a little.
 
@@ -48,13 +62,10 @@ def move(image: Image, rng: np.random.Generator) -> Image:
     """
     height, width = image.shape[:2]
     size = np.array([width, height])
-    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float64)
     looked_at = size / 2 + rng.uniform([-0.2, -0.1], [0.2, 0.1]) * size
     scale = math.exp(rng.uniform(-0.25, 0.25))
-    window = (corners * scale + rng.normal(0, 0.04, (4, 2))) * size / 2 + looked_at
-    homography = cv2.getPerspectiveTransform(
-        window.astype(np.float32), ((corners + 1) / 2 * (size - 1)).astype(np.float32)
-    )
+    window = (CORNERS * scale + rng.normal(0, 0.04, (4, 2))) * size / 2 + looked_at
+    homography = homography_of(window, (width, height))
     moved = cv2.warpPerspective(
         image, homography, (width, height), borderMode=cv2.BORDER_REFLECT_101
     )

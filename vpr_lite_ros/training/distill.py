@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 from vpr_lite_ros.training.augment import distort, random_crop
+from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import read_rgb, weighted_folders
 from vpr_lite_ros.training.loop import Batch, Schedule, Stage
 from vpr_lite_ros.training.teachers import MobileNetV1, ResNet18
@@ -43,6 +44,11 @@ class DistillConfig(Schedule):
     """Side of the crops in pixels, a multiple of 32."""
     learning_rate: float = 2e-3
     warmup_steps: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1 or self.size % (2 * STRIDE):
+            raise TrainingError(f"size is {self.size}, should be 32, 64, 96, …")
 
 
 class Crops(Dataset[Batch]):

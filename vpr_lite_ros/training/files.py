@@ -1,4 +1,4 @@
-"""Training images on disk."""
+"""Training images on disk, and how often to draw from which folder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.image import Image
-
-
-class TrainingError(ValueError):
-    """Training data or settings that do not fit; the message names the entry and the value."""
+from vpr_lite_ros.training.errors import TrainingError
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -24,10 +21,10 @@ def image_files(folder: Path) -> Iterator[Path]:
 
 
 def read_rgb(path: Path) -> Image:
-    """An image file as RGB; ``ValueError`` if it cannot be read."""
+    """An image file as RGB; ``TrainingError`` if it cannot be read."""
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
-        raise ValueError(f"{path} cannot be read as an image: remove it or mend it")
+        raise TrainingError(f"{path} cannot be read as an image: remove it or mend it")
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 
 

@@ -18,7 +18,8 @@ from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
 from vpr_lite_ros.training.augment import distort, move
-from vpr_lite_ros.training.files import TrainingError, read_rgb
+from vpr_lite_ros.training.errors import TrainingError
+from vpr_lite_ros.training.files import read_rgb
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ def fit_place_network(
         place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
     else:
         chosen = [cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps]
-        centroids = k_means(torch.cat(chosen).numpy(), count, seed)
-        place.vlad.set_clusters(torch.from_numpy(centroids), SHARPNESS)
-    vlads = torch.cat([whole_image_vlad(place, cells) for cells in maps])
+        fit_clusters(place.vlad, torch.cat(chosen), seed)
+    with torch.no_grad():
+        vlads = torch.cat([place.vlad(cells[None]) for cells in maps])
     mean, components, variances = principal_components(vlads, dimension)
     log.info("PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vlads.var(0).sum()))
     place.vlad.set_pca(mean, components, variances)
@@ -84,10 +85,10 @@ def local_features(place: PlaceNetwork, image: Image) -> Tensor:
     return F.normalize(place.local_features(torch.from_numpy(image)[None])[0], dim=1)
 
 
-@torch.no_grad()
-def whole_image_vlad(place: PlaceNetwork, cells: Tensor) -> Tensor:
-    """(1, K·C) of (cells, 192)."""
-    return place.vlad.aggregate(cells[None], place.vlad.soft_assign(cells)[None])
+def fit_clusters(vlad: NetVLAD, cells: Tensor, seed: int) -> None:
+    """Put the clusters where a network's features are: unit vectors (M, C), on the CPU."""
+    centroids = k_means(cells.numpy(), vlad.clusters, seed)
+    vlad.set_clusters(torch.from_numpy(centroids), SHARPNESS)
 
 
 def k_means(features: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:

@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vpr_lite_ros.export import CheckpointError
-from vpr_lite_ros.training.files import TrainingError
+from vpr_lite_ros.training.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,11 @@ class Schedule:
     workers: int = 1
     """Processes that read and distort images, for each process that trains."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "minutes", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}, should be above 0")
 
 
 class Stage(nn.Module, ABC):
@@ -160,13 +165,13 @@ def train(stage: Stage, schedule: Schedule, output: Path, on: Devices) -> Path:
     )
     step, spent, finished = 0, 0.0, False
     if output.exists():
-        step, spent, finished = resume(output, stage, optimiser)
+        step, spent, finished = resume(output, stage, optimiser, schedule)
         log.info("%s: %s at step %d", output, "finished" if finished else "going on", step)
     if finished:
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     leads = on.rank == 0
-    writer = SummaryWriter(str(output.with_suffix("")), purge_step=step) if leads else None
+    writer = SummaryWriter(str(output.with_suffix("")), purge_step=step + 1) if leads else None
     progress = tqdm(total=schedule.steps, initial=step, desc=output.stem, disable=not leads)
     shown: deque[dict[str, float]] = deque(maxlen=_SHOWN)
     wrapped = DistributedDataParallel(stage) if on.world > 1 else stage
@@ -210,7 +215,8 @@ def train(stage: Stage, schedule: Schedule, output: Path, on: Devices) -> Path:
             means = {name: float(np.mean([s[name] for s in shown])) for name in shown[-1]}
             progress.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
             _write(writer, shown[-1] | {"learning_rate": optimiser.param_groups[0]["lr"]}, step)
-            if leads and time.monotonic() - saved >= schedule.save_every_s:
+            if writer and time.monotonic() - saved >= schedule.save_every_s:
+                writer.flush()  # first: what the checkpoint has seen, TensorBoard shows
                 save(output, stage, optimiser, schedule, step, time.monotonic() - began)
                 saved = time.monotonic()
             if step % 100 == 0:
@@ -327,9 +333,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def resume(path: Path, stage: Stage, optimiser: torch.optim.Optimizer) -> tuple[int, float, bool]:
-    """Fill ``stage`` and ``optimiser``; return steps done, seconds spent and if it is the end."""
+def resume(
+    path: Path, stage: Stage, optimiser: torch.optim.Optimizer, schedule: Schedule
+) -> tuple[int, float, bool]:
+    """Fill ``stage`` and ``optimiser``; return steps done, seconds spent and if it is the end.
+
+    Entries of ``schedule`` that have changed since are named in a warning.
+    """
     checkpoint = read_checkpoint(path)
+    before, now = checkpoint.config, json.loads(json.dumps(asdict(schedule)))
+    for name in now:
+        if before.get(name) != now[name]:
+            log.warning("%s began with %s %s, now %s", path, name, before.get(name), now[name])
     try:
         stage.trained.load_state_dict(checkpoint.weights, strict=True)
         groups = optimiser.state_dict()["param_groups"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
 from vpr_lite_ros.training.distill import Distill, DistillConfig
-from vpr_lite_ros.training.files import TrainingError, weighted_folders
+from vpr_lite_ros.training.errors import TrainingError
+from vpr_lite_ros.training.files import weighted_folders
 from vpr_lite_ros.training.fit import fit_place_network
 from vpr_lite_ros.training.loop import (
     Devices,
@@ -38,7 +39,7 @@ from vpr_lite_ros.training.loop import (
     train,
 )
 from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
-from vpr_lite_ros.training.thresholds import least_threshold, score_labelled_sets
+from vpr_lite_ros.training.thresholds import recommend, score_labelled_sets
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig
 from vpr_lite_ros.training.views import Views, ViewsConfig
 
@@ -97,6 +98,9 @@ _STAGES: dict[str, Any] = {
 }
 
 
+_SCALARS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+
+
 def read_recipe(path: Path) -> Recipe:
     """A YAML file as a ``Recipe``; ``TrainingError`` names the file and the entry at fault."""
     try:
@@ -129,7 +133,18 @@ def _make(kind: Any, values: Any, path: Path, prefix: str) -> Any:
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise TrainingError(f"{path}: {prefix}{name} is missing")
-    return kind(**values)
+    kinds = typing.get_type_hints(kind)
+    for name, value in values.items():
+        wanted = next((w for k, w in _SCALARS.items() if kinds[name] is k), None)
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise TrainingError(
+                f"{path}: {prefix}{name} is {value!r}, should be a {kinds[name].__name__}"
+                + ("; YAML wants a point in 1.0e-4" if kinds[name] is float else "")
+            )
+    try:
+        return kind(**values)
+    except TrainingError as error:
+        raise TrainingError(f"{path}: {prefix}{error}") from error
 
 
 def train_place(path: Path, backbone_file: Path | None = None) -> Path:
@@ -168,9 +183,8 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
                 done = read_checkpoint(train(_stage(config, backbone, on), config, last, on))
             backbone.load_state_dict(done.part("backbone"), strict=True)
             vlad = done.part("vlad")
-        if recipe.fit is None or on.rank > 0:
-            return last
-        return fit_bundle(recipe, backbone.cpu(), vlad)
+    # The other processes have nothing left to wait for.
+    return fit_bundle(recipe, backbone.cpu(), vlad) if recipe.fit and on.rank == 0 else last
 
 
 def _stage(config: Schedule, backbone: RepVGGLite, on: Devices) -> Stage:
@@ -268,15 +282,7 @@ def _export_with_thresholds(
     scores = score_labelled_sets(model, config.labelled, config.most_queries, config.seed)
     for dataset, found in scores.items():
         log.info("%s: %d of %d recognised", dataset, found.recognised, found.queries)
-    sets = list(scores.values())
-    # The strictest that any set asks for: streets ask for more than rooms, and pooled with many
-    # easy pairs nobody would hear them.
-    rate = config.false_rate
-    about["thresholds"] = {
-        # Similarity only thins out what need not be matched; score and geometry decide.
-        "similarity": round(min(float(np.quantile(x.similarity[x.true], 0.02)) for x in sets), 3),
-        "match": round(max(least_threshold(x.match, x.true, rate) for x in sets), 4),
-        "inliers": math.ceil(max(least_threshold(x.inliers, x.true, rate) for x in sets)),
+    about["thresholds"] = recommend(scores, config.false_rate) | {
         "measured_on": {
             dataset: f"{found.recognised} of {found.queries} recognised, {len(found.true)} pairs"
             for dataset, found in scores.items()

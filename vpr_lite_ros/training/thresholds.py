@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
 from vpr_lite_ros.training.augment import distort
+from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import read_rgb
 
 TRUE_PER_QUERY = 3
@@ -112,9 +114,24 @@ def least_threshold(
     """The least score that at most ``false_rate`` of the false pairs reach."""
     false_scores = np.sort(scores[~true])
     if not len(false_scores):
-        raise ValueError("there is no false pair among the images: label more places")
+        raise TrainingError("there is no false pair among the images: label more places")
     allowed = int(false_rate * len(false_scores))
     return float(np.nextafter(false_scores[-1 - allowed], np.float32(np.inf)))
+
+
+def recommend(sets: Mapping[str, Scores], false_rate: float) -> dict[str, Any]:
+    """Thresholds that a bundle recommends: ``similarity``, ``match``, ``inliers``.
+
+    Of match score and inliers the strictest that any set asks for: streets ask for more than
+    rooms, and pooled with many easy pairs nobody would hear them. Similarity only thins out what
+    need not be matched: score and geometry decide.
+    """
+    scores = list(sets.values())
+    return {
+        "similarity": round(min(float(np.quantile(x.similarity[x.true], 0.02)) for x in scores), 3),
+        "match": round(max(least_threshold(x.match, x.true, false_rate) for x in scores), 4),
+        "inliers": math.ceil(max(least_threshold(x.inliers, x.true, false_rate) for x in scores)),
+    }
 
 
 def score_labelled_sets(

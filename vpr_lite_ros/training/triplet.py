@@ -8,7 +8,7 @@ elsewhere. The round's triplets are part of the checkpoint, so a restart goes on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,15 +23,17 @@ from tqdm import tqdm
 
 from vpr_lite_ros.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.image import fit
-from vpr_lite_ros.models.netvlad import NetVLAD
+from vpr_lite_ros.models.netvlad import NetVLAD, unit_cells
 from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
-from vpr_lite_ros.training.files import TrainingError, read_rgb
-from vpr_lite_ros.training.fit import SHARPNESS, k_means
+from vpr_lite_ros.training.errors import TrainingError
+from vpr_lite_ros.training.files import read_rgb
+from vpr_lite_ros.training.fit import FEATURES_PER_IMAGE, fit_clusters
 from vpr_lite_ros.training.loop import Batch, Devices, Schedule, Stage
 
 _CLUSTER_IMAGES = 1000
-_FEATURES_PER_IMAGE = 60
 _RECALLS = (1, 5)
+_VALIDATION_ROUNDS = 8
+"""Validation describes a whole database: it is done before one round of so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class TripletConfig(Schedule):
     data: Mapping[str, Any]
     """The data set, such as ``{pitts30k: ROOT, split: train}``; see ``load_dataset``."""
     validation: Mapping[str, Any] | None = None
-    """Another one, on which recall is measured before each round."""
+    """Another one, on which recall is measured now and then."""
     image_size: Sequence[int] = (640, 480)
     batch: int = 4
     """Triplets of a step."""
@@ -126,7 +127,7 @@ class Triplet(Stage):
         triplets, recall = self._mine(rng)
         self.trained.get_buffer("mined").copy_(torch.from_numpy(triplets))
         figures = {"cache/recall_at_1": recall}
-        if self.validation:
+        if self.validation and step // self.round_steps % _VALIDATION_ROUNDS == 0:
             found = recalls(self.validation, self._describe, self.config.image_size)
             figures |= {f"validation/recall_at_{k}": value for k, value in found.items()}
         return figures
@@ -142,8 +143,7 @@ class Triplet(Stage):
         standardised = standardise(images.permute(0, 3, 1, 2).contiguous().float())
         features = self.backbone(standardised).float()
         with torch.autocast(features.device.type, enabled=False):
-            cells = F.normalize(features.flatten(2).transpose(1, 2), dim=2)
-            vlad: Tensor = self.vlad.aggregate(cells, self.vlad.soft_assign(cells))
+            vlad: Tensor = self.vlad(unit_cells(features))
         return vlad
 
     @torch.no_grad()
@@ -172,10 +172,9 @@ class Triplet(Stage):
         for index in tqdm(chosen, "clusters", leave=False, disable=self.on.rank > 0):
             image = self.images[index][None].to(self.on.device)
             features = self.backbone(standardise(image.permute(0, 3, 1, 2).contiguous().float()))
-            unit = F.normalize(features[0].float().flatten(1).T, dim=1).cpu()
-            cells.append(unit[torch.from_numpy(rng.permutation(len(unit))[:_FEATURES_PER_IMAGE])])
-        centroids = k_means(torch.cat(cells).numpy(), self.config.clusters, self.config.seed)
-        self.vlad.set_clusters(torch.from_numpy(centroids), SHARPNESS)
+            unit = unit_cells(features.float())[0].cpu()
+            cells.append(unit[torch.from_numpy(rng.permutation(len(unit))[:FEATURES_PER_IMAGE])])
+        fit_clusters(self.vlad, torch.cat(cells), self.config.seed)
 
     def _mine(self, rng: np.random.Generator) -> tuple[NDArray[np.int64], float]:
         """(count, 2 + negatives) image indices, and Recall@1 within the cache."""
@@ -234,7 +233,11 @@ def triplet_loss(vlad: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     return loss, (positive < negative).all(dim=1).float().mean()
 
 
-def recalls(dataset: PlaceDataset, describe: Any, image_size: Sequence[int]) -> dict[int, float]:
+def recalls(
+    dataset: PlaceDataset,
+    describe: Callable[[Images], NDArray[np.float32]],
+    image_size: Sequence[int],
+) -> dict[int, float]:
     """Recall@1 and @5 of the queries that can be found, by exhaustive search."""
     width, height = image_size
     known = describe(Images(dataset.database, (width, height)))

@@ -29,18 +29,18 @@ from torch.utils.data import Dataset
 
 from vpr_lite_ros.datasets import PlaceDataset, load_places, load_sequences
 from vpr_lite_ros.image import Image
-from vpr_lite_ros.models.netvlad import NetVLAD
+from vpr_lite_ros.models.netvlad import NetVLAD, unit_cells
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
-from vpr_lite_ros.training.augment import distort
+from vpr_lite_ros.training.augment import CORNERS, distort, homography_of
+from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import by_root, read_rgb, weighted_folders
-from vpr_lite_ros.training.fit import SHARPNESS, k_means
+from vpr_lite_ros.training.fit import fit_clusters
 from vpr_lite_ros.training.loop import Batch, Schedule, Stage
 
 _NEAR = 24.0
 """Pixels: cells of the other view closer than this to the right spot are not called wrong."""
 _CLUSTER_BATCHES = 12
 """Batches whose features the clusters are first fitted to."""
-_CORNERS = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,11 @@ class ViewsConfig(Schedule):
     global_weight: float = 0.5
     anchors: int = 384
     """Cells of a step that the local loss looks at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 2 * STRIDE or self.size % STRIDE:
+            raise TrainingError(f"size is {self.size}, should be 32, 48, 64, …")
 
 
 @dataclass(frozen=True)
@@ -171,16 +176,15 @@ class Views(Stage):
         views = [pairs[2**40 + i][:2] for i in range(_CLUSTER_BATCHES)]
         device = self.centres.device
         maps = [self._features(view.to(device)) for pair in views for view in pair]
-        sample = torch.cat([_unit_cells(features).flatten(0, 1) for features in maps]).cpu()
-        centroids = k_means(sample.numpy(), self.config.clusters, self.config.seed)
-        self.vlad.set_clusters(torch.from_numpy(centroids), SHARPNESS)
+        sample = torch.cat([unit_cells(features).flatten(0, 1) for features in maps]).cpu()
+        fit_clusters(self.vlad, sample, self.config.seed)
         return {}
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
         first, second, homography, aligned = batch
         features = self._features(torch.cat([first, second])).float()
         with torch.autocast(features.device.type, enabled=False):
-            whole, recall = self._global_loss(self._vlad(features))
+            whole, recall = self._global_loss(self.vlad(unit_cells(features)))
             local, hits = self._local_loss(features, homography, aligned)
         loss = local + self.config.global_weight * whole
         figures = {"global": whole, "recall": recall, "local": local, "local_recall": hits}
@@ -189,10 +193,6 @@ class Views(Stage):
     def _features(self, images: Tensor) -> Tensor:
         out: Tensor = self.backbone(standardise(images.float()))
         return out
-
-    def _vlad(self, features: Tensor) -> Tensor:
-        cells = _unit_cells(features)
-        return self.vlad.aggregate(cells, self.vlad.soft_assign(cells))
 
     def _global_loss(self, vlad: Tensor) -> tuple[Tensor, Tensor]:
         """Of the VLADs of all first views, then of all second ones: loss and Recall@1."""
@@ -218,8 +218,8 @@ class Views(Stage):
         grid = (spots / far * 2 - 1)[:, :, None]
         right = F.grid_sample(second, grid, align_corners=True)[..., 0].transpose(1, 2)
         right = F.normalize(right, dim=2)[image, cell]
-        query = _unit_cells(first)[image, cell]
-        others = _unit_cells(second)
+        query = unit_cells(first)[image, cell]
+        others = unit_cells(second)
         wrong = query @ others.flatten(0, 1).T
         distance = (centres[None] - spots[image, cell][:, None]).abs().amax(dim=2)
         near = torch.zeros(len(query), *others.shape[:2], dtype=torch.bool, device=image.device)
@@ -232,11 +232,6 @@ class Views(Stage):
         wanted = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         loss = F.cross_entropy(logits / self.config.temperature, wanted)
         return loss, (logits.argmax(dim=1) == 0).float().mean()
-
-
-def _unit_cells(features: Tensor) -> Tensor:
-    """(B, C, h, w) to unit vectors (B, h·w, C)."""
-    return F.normalize(features.flatten(2).transpose(1, 2), dim=2)
 
 
 def _distinct_places(
@@ -266,21 +261,15 @@ def _two_windows(
     aspect = math.exp(rng.uniform(-1, 1) * math.log(1.5))
     window = np.minimum([side * math.sqrt(aspect), side / math.sqrt(aspect)], image_size)
     centre = rng.uniform(window / 2, image_size - window / 2)
-    first = _CORNERS * window / 2 + centre
+    first = CORNERS * window / 2 + centre
     # The other camera stands closer or further, looks past it, is tilted and turned a little.
     angle = rng.normal(0, 0.07)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    corners = _CORNERS * math.exp(rng.uniform(-0.35, 0.35)) @ turn.T
+    corners = CORNERS * math.exp(rng.uniform(-0.35, 0.35)) @ turn.T
     corners = corners + rng.normal(0, 0.06, (4, 2))
     moved = centre + rng.uniform([-0.3, -0.2], [0.3, 0.2]) * window
-    return _homography(first, size), _homography(corners * window / 2 + moved, size)
-
-
-def _homography(quadrangle: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """From an image's pixels to a view's, of which ``quadrangle`` are the corners."""
-    corners = (_CORNERS + 1) / 2 * (size - 1)
-    found = cv2.getPerspectiveTransform(quadrangle.astype(np.float32), corners.astype(np.float32))
-    return np.asarray(found, np.float64)
+    view = size, size
+    return homography_of(first, view), homography_of(corners * window / 2 + moved, view)
 
 
 def _warp(image: Image, homography: NDArray[np.float64], size: int) -> Image:
