@@ -24,6 +24,7 @@ from vpr_lite_ros.datasets import (
     load_msls,
     load_pitts30k,
     load_place_images,
+    load_places,
     load_posed_images,
     load_sequences,
     load_tokyo247,
@@ -392,6 +393,7 @@ def test_images_with_poses(tmp_path: Path) -> None:
         ([], [0, 1, 2]),
         ([], [3]),
     ]
+    assert known(load_places(table, 20, 30), 2) == ([1], [0, 1, 2])
 
 
 def test_height_counts_where_there_is_one(tmp_path: Path) -> None:
@@ -422,6 +424,7 @@ def test_clips_know_their_neighbours(tmp_path: Path) -> None:
     assert [path.name for path in second.queries] == [f"b{i}.jpg" for i in range(8)]
     assert known(first, 0) == ([1], [0, 1, 2, 3, 4, 5])
     assert known(first, 6) == ([5, 7], [1, 2, 3, 4, 5, 6, 7])
+    assert known(load_sequences(table, 2, 3)[0], 6) == ([4, 5, 7], [3, 4, 5, 6, 7])
 
 
 def test_a_recipe_names_a_data_set(pittsburgh: Path, tmp_path: Path) -> None:

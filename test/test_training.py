@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from torch import Tensor  # noqa: E402
 
-from vpr_lite_ros.datasets import PlaceDataset, PlaceIds  # noqa: E402
+from vpr_lite_ros.datasets import PlaceDataset, PlaceIds, load_places  # noqa: E402
 from vpr_lite_ros.export import CheckpointError, load_networks  # noqa: E402
 from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
 from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
@@ -33,11 +33,13 @@ from vpr_lite_ros.training.errors import TrainingError  # noqa: E402
 from vpr_lite_ros.training.files import image_files, read_rgb  # noqa: E402
 from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
-from vpr_lite_ros.training.recipe import read_recipe, train_place  # noqa: E402
+from vpr_lite_ros.training.pairs import _distinct_places  # noqa: E402
+from vpr_lite_ros.training.recipe import PlaceRecipe, read_recipe, train_place  # noqa: E402
 from vpr_lite_ros.training.thresholds import (  # noqa: E402
     Scores,
     least_threshold,
     recommend,
+    score_labelled_sets,
     score_pairs,
 )
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss  # noqa: E402
@@ -383,17 +385,21 @@ def views_config(pictures: Path, **changes: Any) -> ViewsConfig:
 
 def test_the_homography_says_where_each_pixel_of_a_view_is_in_the_other(pictures: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vpr_lite_ros.training.views.distort", lambda image, _rng: image)
-        first, second, homography, aligned = ViewPairs(views_config(pictures, size=96))[0]
-    assert aligned.all()
-    for a, b, matrix in zip(first, second, homography.numpy(), strict=True):
-        a, b = (view.permute(1, 2, 0).numpy() for view in (a, b))
-        moved = cv2.warpPerspective(a, matrix, (96, 96))
-        seen = cv2.erode(
-            cv2.warpPerspective(np.full_like(a, 255), matrix, (96, 96)), np.ones((9, 9))
-        )
-        error = np.abs(moved.astype(float) - b)[seen > 0]
-        assert len(error) > 3000 and error.mean() < 12 < np.abs(a.astype(float) - b).mean()
+        patch.setattr("vpr_lite_ros.training.pairs.distort", lambda image, _rng: image)
+        batches = [ViewPairs(views_config(pictures, size=96))[index] for index in range(3)]
+    aside = []
+    for first, second, homography, aligned, _ in batches:  # some of them mirrored
+        assert aligned.all()
+        for a, b, matrix in zip(first, second, homography.numpy(), strict=True):
+            a, b = (view.permute(1, 2, 0).numpy() for view in (a, b))
+            moved = cv2.warpPerspective(a, matrix, (96, 96))
+            seen = cv2.erode(
+                cv2.warpPerspective(np.full_like(a, 255), matrix, (96, 96)), np.ones((9, 9))
+            )
+            error = np.abs(moved.astype(float) - b)[seen > 0]
+            assert len(error) > 3000 and error.mean() < 12
+            aside.append(np.abs(a.astype(float) - b).mean())
+    assert np.mean(aside) > 24, "they are not the same picture"
 
 
 def test_a_batch_follows_from_its_number_alone(pictures: Path, places: Path) -> None:
@@ -401,6 +407,42 @@ def test_a_batch_follows_from_its_number_alone(pictures: Path, places: Path) -> 
     for one, two in zip(ViewPairs(config)[7], ViewPairs(config)[7], strict=True):
         assert torch.equal(one, two)
     assert not torch.equal(ViewPairs(config)[7][0], ViewPairs(config)[8][0])
+
+
+def test_a_single_image_is_two_places_one_some_steps_ahead(pictures: Path) -> None:
+    for seed in range(10):
+        plan = ViewPairs(views_config(pictures))._plan(np.random.default_rng(seed))
+        assert [pair.scene for pair in plan] == [0, 0, 2, 2]
+        for here, ahead in (plan[:2], plan[2:]):
+            assert len({here.first, here.second, ahead.first, ahead.second}) == 1
+            assert here.look.centre == ahead.look.centre
+            assert here.look.mirrored == ahead.look.mirrored
+            left = np.divide(ahead.look.sides, here.look.sides)
+            assert left[0] == pytest.approx(left[1]) and 0.6 <= left[0] <= 0.8
+            # Views of one place differ less in scale than places that follow each other do.
+            assert here.look.scale < -np.log(left[0]) / 2
+    # An odd batch has a place without what is ahead of it.
+    odd = ViewPairs(views_config(pictures, batch=5))._plan(np.random.default_rng(0))
+    assert [pair.scene for pair in odd] == [0, 0, 2, 2, 4]
+
+
+def test_places_of_a_drive_are_as_close_as_its_radii_say(
+    make_picture: MakePicture, tmp_path: Path
+) -> None:
+    files = write_pictures(tmp_path / "drive", [make_picture(0, (32, 24))] * 40)
+    rows = [{"file": file.name, "x": i, "y": 0} for i, file in enumerate(files)]
+    _write_table(tmp_path / "drive" / "poses.csv", rows)
+    drive = load_places(tmp_path / "drive" / "poses.csv", 2, 4)
+    closest = []
+    for seed in range(20):
+        pairs = _distinct_places(drive, 100, np.random.default_rng(seed))
+        for index, (query, partner) in enumerate(pairs):
+            assert 0 < abs(query - partner) <= 2
+            others = pairs[:index] + pairs[index + 1 :]
+            assert all(abs(query - other) > 4 for _, other in others)
+        closest.append(len(pairs))
+    assert max(closest) >= 7, "one after the other, not 8 m or more apart"
+    assert min(closest) < max(closest), "at times from all over the drive"
 
 
 def test_half_a_batch_are_places_of_one_data_set_far_from_each_other(
@@ -426,12 +468,25 @@ def test_the_local_loss_knows_the_right_cell(pictures: Path) -> None:
     features = torch.cat([scene[..., 0:8], scene[..., 2:10]])
     shift = torch.tensor([[[1.0, 0, -32], [0, 1, 0], [0, 0, 1]]] * 2)
     aligned = torch.tensor([True, True])
-    right, hits = stage._local_loss(features, shift, aligned)
-    wrong, misses = stage._local_loss(features, torch.eye(3).expand(2, 3, 3), aligned)
+    scenes = torch.tensor([0, 1])
+    right, hits = stage._local_loss(features, shift, aligned, scenes)
+    unmoved = torch.eye(3).expand(2, 3, 3)
+    wrong, misses = stage._local_loss(features, unmoved, aligned, scenes)
     assert right < 0.01 and hits == 1
     assert wrong > 3 and misses < 0.2
-    nothing, _ = stage._local_loss(features, shift, ~aligned)
+    nothing, _ = stage._local_loss(features, shift, ~aligned, scenes)
     assert nothing == 0
+
+
+def test_what_is_seen_from_some_steps_ahead_is_not_called_wrong(pictures: Path) -> None:
+    """The same picture twice in a batch: of one scene it costs nothing, of two it does."""
+    stage = Views(views_config(pictures, size=128, anchors=64), RepVGGLite())
+    torch.manual_seed(1)
+    seen = torch.nn.functional.normalize(torch.randn(1, 192, 8, 8), dim=1).expand(4, -1, -1, -1)
+    unmoved, aligned = torch.eye(3).expand(2, 3, 3), torch.tensor([True, True])
+    one, _ = stage._local_loss(seen, unmoved, aligned, torch.tensor([3, 3]))
+    two, _ = stage._local_loss(seen, unmoved, aligned, torch.tensor([0, 1]))
+    assert one < 0.01 and two > 0.6
 
 
 def test_views_teach_places(pictures: Path, places: Path, tmp_path: Path) -> None:
@@ -567,6 +622,20 @@ def test_thresholds_are_the_strictest_that_any_set_asks_for() -> None:
         np.quantile(np.linspace(0.02, 0.2, 10), 0.02), abs=1e-3
     )
     assert recommend({"rooms": scores(0.2, 40.0)}, 0.1)["match"] == pytest.approx(0.18, abs=1e-3)
+    # A drawn town is asked for the match score only.
+    town = replace(scores(0.6, 80.0), drawn=True)
+    found = recommend({"rooms": scores(0.2, 40.0), "town 1": town}, 0.0)
+    assert found["match"] == pytest.approx(0.6) and found["inliers"] == 41
+
+
+def test_a_town_is_a_labelled_set(tiny_model: PlaceModel) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vpr_lite_ros.training.thresholds.TOWN_STEP", 15)
+        found = score_labelled_sets(tiny_model, [{"town": 5}], most_queries=4)
+    scores = found["town 5"]
+    assert list(found) == ["town 5"] and scores.drawn
+    # Two laps: frames of the second were taken near those of the first.
+    assert len(scores.true) > 20 and 0 < scores.true.sum() < len(scores.true)
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
@@ -710,14 +779,14 @@ def test_a_wrong_recipe_says_what_is_wrong(tmp_path: Path, text: str, words: lis
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(TrainingError) as caught:
-        read_recipe(path)
+        read_recipe(path, PlaceRecipe)
     for word in [*words, str(path)]:
         assert word in str(caught.value)
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="nowhere"):
-        read_recipe(tmp_path / "nowhere.yaml")
+        read_recipe(tmp_path / "nowhere.yaml", PlaceRecipe)
 
 
 def test_a_folder_without_images_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -729,7 +798,7 @@ def test_a_folder_without_images_is_named(recipe: dict[str, Any], tmp_path: Path
 
 def test_the_shipped_recipes_can_be_read(repository: Path) -> None:
     for path in (repository / "config" / "training").glob("*.yaml"):
-        assert read_recipe(path).name == path.stem
+        assert read_recipe(path, PlaceRecipe).name == path.stem
 
 
 def test_images_are_found_in_order(tmp_path: Path) -> None:

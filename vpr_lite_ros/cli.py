@@ -156,7 +156,8 @@ def export(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train a network and make a bundle of it, as a recipe says."""
     try:
-        from vpr_lite_ros.training.recipe import train_place
+        from vpr_lite_ros.training.errors import TrainingError
+        from vpr_lite_ros.training.recipe import train_matcher, train_place
     except ImportError as error:
         print(
             f"vpr-lite: error: training needs torch and more ({error}): "
@@ -165,7 +166,12 @@ def train(args: argparse.Namespace) -> int:
         )
         return FAILED
     logging.getLogger("vpr_lite_ros").setLevel(logging.INFO)
-    print(train_place(args.config, args.backbone))
+    if args.network == "matcher":
+        if args.backbone:
+            raise TrainingError("--backbone is of the place network: leave it out")
+        print(train_matcher(args.config))
+    else:
+        print(train_place(args.config, args.backbone))
     return OK
 
 
@@ -243,7 +249,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
 
     options = command(train)
-    options.add_argument("network", choices=("place",), help="which network")
+    options.add_argument("network", choices=("place", "matcher"), help="which network")
     options.add_argument("config", type=Path, help="recipe (YAML), as in config/training")
     options.add_argument(
         "--backbone", type=Path, metavar="FILE",

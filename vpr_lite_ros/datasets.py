@@ -208,7 +208,11 @@ def load_msls(root: Path, city: str) -> PlaceDataset:
     return PlaceDataset(f"msls_{city}", database, queries, Positions(database_at, queries_at))
 
 
-def load_posed_images(table: Path) -> PlaceDataset:
+def load_posed_images(
+    table: Path,
+    positive_radius_m: float = POSITIVE_RADIUS_M,
+    negative_radius_m: float = NEGATIVE_RADIUS_M,
+) -> PlaceDataset:
     """Images with positions, each looked up among the others.
 
     Parameters
@@ -216,6 +220,8 @@ def load_posed_images(table: Path) -> PlaceDataset:
     table
         CSV file with the columns ``file`` (relative to the table's folder), ``x``, ``y`` and,
         if it has one, ``z``: metres in any one Cartesian frame.
+    positive_radius_m, negative_radius_m
+        As in ``Positions``.
 
     Raises
     ------
@@ -227,7 +233,8 @@ def load_posed_images(table: Path) -> PlaceDataset:
     axes = ("x", "y", "z") if "z" in rows[0] else ("x", "y")
     positions = _read_positions(table, rows, axes)
     images = _listed_images(table, rows)
-    return PlaceDataset(table.parent.name, images, images, Positions(positions, positions))
+    truth = Positions(positions, positions, positive_radius_m, negative_radius_m)
+    return PlaceDataset(table.parent.name, images, images, truth)
 
 
 def load_place_images(table: Path) -> PlaceDataset:
@@ -254,14 +261,20 @@ def load_place_images(table: Path) -> PlaceDataset:
     return PlaceDataset(table.parent.name, images, images, PlaceIds(places, places))
 
 
-def load_places(table: Path) -> PlaceDataset:
+def load_places(
+    table: Path,
+    positive_radius_m: float = POSITIVE_RADIUS_M,
+    negative_radius_m: float = NEGATIVE_RADIUS_M,
+) -> PlaceDataset:
     """Images of named places or with positions, by the columns that ``table`` has.
 
-    See ``load_place_images`` and ``load_posed_images``.
+    See ``load_place_images`` and ``load_posed_images``; the radii are for positions.
     """
     way_out = "list each image and the place it shows, or where it was taken"
     columns = _read_columns(Path(table), ("file",), way_out)[0]
-    return load_place_images(table) if "place" in columns else load_posed_images(table)
+    if "place" in columns:
+        return load_place_images(table)
+    return load_posed_images(table, positive_radius_m, negative_radius_m)
 
 
 def load_sequences(

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vpr_lite_ros.inference import BUNDLE_FORMAT, MATCH_GRAPH, PLACE_GRAPH
+from vpr_lite_ros.inference import BUNDLE_FORMAT, CARD, MATCH_GRAPH, PLACE_GRAPH
 from vpr_lite_ros.models.matcher import PairMatcher
 from vpr_lite_ros.models.place import PlaceNetwork
 
@@ -128,16 +128,29 @@ def export_bundle(
                 for graph in (PLACE_GRAPH, MATCH_GRAPH)
             },
         }
-        text = yaml.safe_dump(card, sort_keys=False, width=96, allow_unicode=True)
-        (draft / "model.yaml").write_text(text, encoding="utf-8")
+        _write_card(draft, card)
         if output.exists():
-            if not (output / "model.yaml").exists():
+            if not (output / CARD).exists():
                 raise FileExistsError(
                     f"{output} exists and is no model bundle: choose another folder"
                 )
             shutil.rmtree(output)
         shutil.move(draft, output)
     return output
+
+
+def amend_card(bundle: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a bundle's model card, or replace them; its graphs stay as they are."""
+    card = yaml.safe_load((bundle / CARD).read_text(encoding="utf-8"))
+    hashes = card.pop("sha256")
+    _write_card(bundle, card | entries | {"sha256": hashes})
+
+
+def _write_card(bundle: Path, card: dict[str, Any]) -> None:
+    text = yaml.safe_dump(card, sort_keys=False, width=96, allow_unicode=True)
+    draft = bundle / f"{CARD}.tmp"
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(bundle / CARD)
 
 
 def _export_place(place: PlaceNetwork, path: Path) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 PLACE_GRAPH = "place.onnx"
 MATCH_GRAPH = "match.onnx"
+CARD = "model.yaml"
 BUNDLE_FORMAT = 1
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v1"
 """The model bundle that ships with the package."""
@@ -142,7 +143,7 @@ def open_model(path: Path = DEFAULT_BUNDLE, backend: str = "auto", threads: int 
 
 def load_bundle(path: Path) -> Bundle:
     """Read ``model.yaml`` and check both graphs' SHA-256 against it."""
-    card_file = path / "model.yaml"
+    card_file = path / CARD
     try:
         card = yaml.safe_load(card_file.read_text(encoding="utf-8"))
     except OSError as error:

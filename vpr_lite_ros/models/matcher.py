@@ -143,7 +143,10 @@ class PairMatcher(nn.Module):
 
     def log_plan(self, query: Tensor, candidates: Tensor) -> Tensor:
         """(B, N + 1, M + 1) log of the transport plan, dustbins last (for the loss)."""
-        x0, x1 = self.cross(query, candidates)
+        return self.transport(*self.cross(query, candidates))
+
+    def transport(self, x0: Tensor, x1: Tensor) -> Tensor:
+        """``log_plan`` of tokens (B, N, D) and (B, M, D) that have seen each other."""
         x0, x1 = self.project(x0), self.project(x1)
         temperature = self.log_temperature.exp()
         similarity = x0 @ x1.transpose(1, 2)

@@ -60,13 +60,17 @@ class PlaceNetwork(nn.Module):
         cells = F.normalize(features, dim=2)
         shares = self.vlad.soft_assign(cells)
         descriptor = self.vlad.project(self.vlad.aggregate(cells, shares))
+        patches, centres = self.patches(features, cells, shares)
+        return descriptor, self.self_attention(patches, centres), centres
+
+    def patches(self, features: Tensor, cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """The most salient patches (1, N, D), before self-attention, and centres (1, N, 2)."""
         chosen = self.salient_patches(features)
         cells_of_chosen = self.cells[chosen]
         patches = self.vlad.project(
             self.vlad.aggregate(cells[0][cells_of_chosen], shares[0][cells_of_chosen])
         )
-        centres = self.centres[chosen][None]
-        return descriptor, self.self_attention(patches[None], centres), centres
+        return patches[None], self.centres[chosen][None]
 
     def local_features(self, image: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised."""

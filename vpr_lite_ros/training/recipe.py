@@ -1,9 +1,15 @@
 """A training configuration, and all stages from nothing to a bundle.
 
 A recipe is a YAML file: ``name``, ``about``, ``licence``, ``output``, and one entry for each
-stage to run, always in this order: ``distil`` (what ImageNet networks see), ``views`` (places,
-from pairs of views), ``triplet`` (the paper's recipe for labelled places), ``fit`` (clusters,
-projection, thresholds, bundle). Each stage goes on with the backbone that the one before left.
+stage to run.
+
+Of the place network, always in this order: ``distil`` (what ImageNet networks see), ``views``
+(places, from pairs of views), ``triplet`` (the paper's recipe for labelled places), ``fit``
+(clusters, projection, thresholds, bundle). Each stage goes on with the backbone that the one
+before left.
+
+Of the matcher: ``match``, on the frozen network of the checkpoint ``networks`` that ``fit``
+wrote, then ``thresholds``.
 """
 
 from __future__ import annotations
@@ -14,13 +20,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import yaml
 
-from vpr_lite_ros.export import export_bundle, save_networks
+from vpr_lite_ros.export import amend_card, export_bundle, load_networks, save_networks
 from vpr_lite_ros.inference import open_model
 from vpr_lite_ros.models.matcher import PairMatcher
 from vpr_lite_ros.models.netvlad import NetVLAD
@@ -38,6 +44,7 @@ from vpr_lite_ros.training.loop import (
     read_checkpoint,
     train,
 )
+from vpr_lite_ros.training.match import Match, MatchConfig
 from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
 from vpr_lite_ros.training.thresholds import recommend, score_labelled_sets
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig
@@ -47,15 +54,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """From a trained backbone to a bundle."""
+class ThresholdsConfig:
+    """Where a bundle's thresholds come from."""
 
-    images: list[str]
-    """Folders to fit clusters and projection on."""
     labelled: list[dict[str, Any]]
     """Data sets that thresholds are measured on; see ``score_labelled_sets``."""
     most_queries: int = 500
     """Of each labelled set."""
+    false_rate: float = 0.002
+    """Share of each set's false pairs that may reach a recommended threshold."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(ThresholdsConfig):
+    """From a trained backbone to a bundle."""
+
+    images: list[str]
+    """Folders to fit clusters and projection on."""
     image_size: Sequence[int] = (640, 480)
     """Width and height that the network sees, multiples of 16."""
     image_count: int = 800
@@ -67,14 +83,11 @@ class FitConfig:
     """Of the optimal transport: what inner products are multiplied with."""
     dustbin: float = 0.7
     """Inner product below which two patches are rather no match."""
-    false_rate: float = 0.002
-    """Share of each set's false pairs that may reach a recommended threshold."""
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training configuration; stages that are None are not run."""
+    """What every training configuration says."""
 
     name: str
     """Of the bundle."""
@@ -84,25 +97,47 @@ class Recipe:
     """What its training images allow; the model card says so."""
     output: str
     """Folder for checkpoints, logs and the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRecipe(Recipe):
+    """How to train the place network; stages that are None are not run."""
+
     distil: DistillConfig | None = None
     views: ViewsConfig | None = None
     triplet: TripletConfig | None = None
     fit: FitConfig | None = None
 
 
-_STAGES: dict[str, Any] = {
-    "distil": DistillConfig,
-    "views": ViewsConfig,
-    "triplet": TripletConfig,
-    "fit": FitConfig,
+@dataclass(frozen=True, kw_only=True)
+class MatcherRecipe(Recipe):
+    """How to train the matcher."""
+
+    networks: str
+    """Checkpoint with the place network, ``networks.safetensors`` beside its bundle."""
+    max_patches: int | None = None
+    """Tokens of an image; empty: as many as the place network was fitted with."""
+    match: MatchConfig
+    thresholds: ThresholdsConfig
+
+
+_STAGES: dict[type[Recipe], dict[str, Any]] = {
+    PlaceRecipe: {
+        "distil": DistillConfig,
+        "views": ViewsConfig,
+        "triplet": TripletConfig,
+        "fit": FitConfig,
+    },
+    MatcherRecipe: {"match": MatchConfig, "thresholds": ThresholdsConfig},
 }
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 _SCALARS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 
 
-def read_recipe(path: Path) -> Recipe:
-    """A YAML file as a ``Recipe``; ``TrainingError`` names the file and the entry at fault."""
+def read_recipe(path: Path, kind: type[AnyRecipe]) -> AnyRecipe:
+    """A YAML file as a recipe; ``TrainingError`` names the file and the entry at fault."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,13 +147,13 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(content, dict):
         raise TrainingError(f"{path} holds no entries: see config/training for examples")
     stages = {
-        stage: _make(kind, content.pop(stage), path, f"{stage}.")
-        for stage, kind in _STAGES.items()
+        stage: _make(config, content.pop(stage), path, f"{stage}.")
+        for stage, config in _STAGES[kind].items()
         if stage in content
     }
-    recipe: Recipe = _make(Recipe, content | stages, path, "")
+    recipe: AnyRecipe = _make(kind, content | stages, path, "")
     if not stages:
-        raise TrainingError(f"{path} has no stage: add {', '.join(_STAGES)} or some of them")
+        raise TrainingError(f"{path} has no stage: add {', '.join(_STAGES[kind])} or some of them")
     return recipe
 
 
@@ -158,7 +193,7 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
         Checkpoint of RepVGG-A0 or a bundle to begin with (``training.pretrained``); None: random
         weights.
     """
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, PlaceRecipe)
     output = Path(recipe.output)
     torch.manual_seed(0)  # the same random weights in each run
     with devices() as on:
@@ -198,10 +233,41 @@ def _stage(config: Schedule, backbone: RepVGGLite, on: Devices) -> Stage:
     raise TypeError(f"no stage for {type(config).__name__}")
 
 
+def train_matcher(path: Path) -> Path:
+    """Train the matcher of the recipe ``path`` on its place network; return the bundle.
+
+    Killed at any moment, the same command goes on.
+    """
+    recipe = read_recipe(path, MatcherRecipe)
+    output = Path(recipe.output)
+    place, match, about = load_networks(Path(recipe.networks), recipe.max_patches)
+    checkpoint = output / "match.safetensors"
+    torch.manual_seed(0)
+    with devices() as on:
+        if not (checkpoint.exists() and read_checkpoint(checkpoint).finished):
+            train(Match(recipe.match, place, match), recipe.match, checkpoint, on)
+    done = read_checkpoint(checkpoint)
+    if on.rank > 0:
+        return checkpoint
+    place.cpu().self_attention.load_state_dict(done.part("self_attention"), strict=True)
+    match.cpu().load_state_dict(done.part("match"), strict=True)
+    before = about.get("training")
+    about["about"] = recipe.about
+    about["training"] = {
+        **(before if isinstance(before, dict) else {"place": before}),
+        **_history(output),
+        "licence": recipe.licence,
+    }
+    save_networks(output / "networks.safetensors", place, match, about)
+    return _export_with_thresholds(
+        recipe.name, recipe.thresholds, place.eval(), match.eval(), about, output / "bundle"
+    )
+
+
 def fit_bundle(
-    recipe: Recipe, backbone: RepVGGLite, trained_vlad: dict[str, Any] | None = None
+    recipe: PlaceRecipe, backbone: RepVGGLite, trained_vlad: dict[str, Any] | None = None
 ) -> Path:
-    """Fit clusters and PCA, export, measure thresholds, export with them; return the bundle.
+    """Fit clusters and PCA, export, measure thresholds; return the bundle.
 
     Parameters
     ----------
@@ -249,7 +315,7 @@ def _clusters(config: FitConfig, trained_vlad: dict[str, Any] | None) -> int | N
 def _history(output: Path) -> dict[str, Any]:
     """For the model card: what each stage has learned from, and for how long."""
     found: dict[str, Any] = {}
-    for name in ("distil", "views", "triplet"):
+    for name in ("distil", "views", "triplet", "match"):
         path = output / f"{name}.safetensors"
         if path.exists():
             done = read_checkpoint(path)
@@ -271,7 +337,7 @@ def _data_names(config: dict[str, Any]) -> list[str]:
 
 def _export_with_thresholds(
     name: str,
-    config: FitConfig,
+    config: ThresholdsConfig,
     place: PlaceNetwork,
     match: PairMatcher,
     about: dict[str, Any],
@@ -282,23 +348,24 @@ def _export_with_thresholds(
     scores = score_labelled_sets(model, config.labelled, config.most_queries, config.seed)
     for dataset, found in scores.items():
         log.info("%s: %d of %d recognised", dataset, found.recognised, found.queries)
-    about["thresholds"] = recommend(scores, config.false_rate) | {
+    thresholds = recommend(scores, config.false_rate) | {
         "measured_on": {
             dataset: f"{found.recognised} of {found.queries} recognised, {len(found.true)} pairs"
             for dataset, found in scores.items()
         },
     }
     for dataset, found in scores.items():
-        accepted = found.match >= about["thresholds"]["match"]
-        accepted &= found.inliers >= about["thresholds"]["inliers"]
+        accepted = found.match >= thresholds["match"]
+        accepted &= found.inliers >= thresholds["inliers"]
         log.info(
             "%s: the thresholds let %.1f%% of the true and %.2f%% of the false pairs pass",
             dataset,
             100 * float(accepted[found.true].mean()),
             100 * float(accepted[~found.true].mean()),
         )
-    log.info("thresholds %s", about["thresholds"])
-    return export_bundle(place, match, about, output, name=name)
+    log.info("thresholds %s", thresholds)
+    amend_card(bundle, {"thresholds": thresholds})
+    return bundle
 
 
 def _sample(config: FitConfig) -> list[Path]:

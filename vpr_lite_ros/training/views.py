@@ -1,41 +1,35 @@
 """Train for places: two views of one place are more alike than views of any two places.
 
-The views are one image cut out twice, from another point of view and in another light, or two
-images of one place: a webcam's by day and by night, neighbours of a drive. Two losses, both
-InfoNCE over all of a batch:
+Two losses, both InfoNCE over all of a batch:
 
 - *local*: a cell of one view against what lies at the same spot of the other; all other cells
   of all other views are wrong. Only where it is known which spot is the same.
 - *global*: the NetVLAD vector (paper, equation 1, before PCA) of one view against all views.
 
-Half of a batch are places of one data set, far from each other but alike: the negatives that
-teach most. The other half comes from anywhere.
+What teaches most is what looks alike and is not the same. Half of a batch are places of one data
+set; half of these times they follow each other as closely as they may, as frames of a drive
+do. The other half are single images, each taken for two places: here, and some steps ahead,
+where all is larger. A robot that stands beside its old track is at the same place; one that
+stands before it is not, and a map wants to know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vpr_lite_ros.datasets import PlaceDataset, load_places, load_sequences
-from vpr_lite_ros.image import Image
 from vpr_lite_ros.models.netvlad import NetVLAD, unit_cells
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
-from vpr_lite_ros.training.augment import CORNERS, distort, homography_of
 from vpr_lite_ros.training.errors import TrainingError
-from vpr_lite_ros.training.files import by_root, read_rgb, weighted_folders
 from vpr_lite_ros.training.fit import fit_clusters
-from vpr_lite_ros.training.loop import Batch, Schedule, Stage
+from vpr_lite_ros.training.loop import Batch, Stage
+from vpr_lite_ros.training.pairs import Pair, Pairs, PairsConfig, here_and_ahead, render
 
 _NEAR = 24.0
 """Pixels: cells of the other view closer than this to the right spot are not called wrong."""
@@ -44,17 +38,9 @@ _CLUSTER_BATCHES = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewsConfig(Schedule):
+class ViewsConfig(PairsConfig):
     """What to learn from, for how long."""
 
-    images: Sequence[str]
-    """Folders of images, each seen twice."""
-    fixed_cameras: Sequence[str] = ()
-    """Tables (``file``, ``place``) of cameras that do not move: pixels correspond."""
-    places: Sequence[str] = ()
-    """Tables (``file`` with ``place`` or with ``x``, ``y``) of places seen more than once."""
-    sequences: Sequence[str] = ()
-    """Tables (``file``, ``clip``) of frames in order of time."""
     batch: int = 24
     """Pairs of a step."""
     size: int = 160
@@ -72,80 +58,41 @@ class ViewsConfig(Schedule):
             raise TrainingError(f"size is {self.size}, should be 32, 48, 64, …")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two images of one place."""
-
-    first: Path
-    second: Path
-    aligned: bool
-    """Whether equal pixels show the same."""
-
-
 class ViewPairs(Dataset[Batch]):
-    """Item i: (A, B, H, aligned) of batch i.
+    """Item i: (A, B, H, aligned, scene) of batch i.
 
-    A and B (N, 3, S, S) uint8, H (N, 3, 3) float32 from pixels of A to pixels of B, and whether
-    H says what lies where (N) bool.
+    A and B (N, 3, S, S) uint8, H (N, 3, 3) float32 from pixels of A to pixels of B, whether H
+    says what lies where (N) bool, and the scene's number (N) int64.
     """
 
     def __init__(self, config: ViewsConfig) -> None:
-        self.config = config
-        self.folders, self.weights = weighted_folders(config.images, "views.images")
-        self.sources: list[tuple[list[PlaceDataset], bool]] = [
-            *(([load_places(Path(table))], True) for table in config.fixed_cameras),
-            *(([load_places(Path(table))], False) for table in config.places),
-            *((load_sequences(Path(table)), False) for table in config.sequences),
-        ]
+        self.config, self.pairs = config, Pairs(config, "views")
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.config.seed, index))
-        views = [self._views(pair, rng) for pair in self._plan(rng)]
-        first, second, homography, aligned = zip(*views, strict=True)
+        plan = self._plan(rng)
+        views: list[list[Tensor]] = [[], []]
+        homographies = []
+        for pair in plan:
+            *both, to_first, to_second = render(pair, (self.config.size,) * 2, rng)
+            for found, view in zip(views, both, strict=True):
+                found.append(torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1))))
+            homographies.append(to_second @ np.linalg.inv(to_first))
         return (
-            torch.from_numpy(np.stack(first)),
-            torch.from_numpy(np.stack(second)),
-            torch.from_numpy(np.stack(homography).astype(np.float32)),
-            torch.tensor(aligned),
+            torch.stack(views[0]),
+            torch.stack(views[1]),
+            torch.from_numpy(np.stack(homographies).astype(np.float32)),
+            torch.tensor([pair.aligned for pair in plan]),
+            torch.tensor([pair.scene for pair in plan]),
         )
 
     def _plan(self, rng: np.random.Generator) -> list[Pair]:
-        pairs: list[Pair] = []
-        for choice in rng.permutation(len(self.sources)):
-            datasets, aligned = self.sources[choice]
-            weights = by_root([len(dataset.queries) for dataset in datasets])
-            dataset = datasets[rng.choice(len(datasets), p=weights)]
-            pairs += _distinct_places(dataset, self.config.batch // 2 - len(pairs), aligned, rng)
-        while len(pairs) < self.config.batch:
-            files = self.folders[rng.choice(len(self.folders), p=self.weights)]
-            path = files[rng.integers(len(files))]
-            pairs.append(Pair(path, path, True))
-        return pairs
-
-    def _views(
-        self, pair: Pair, rng: np.random.Generator
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64], bool]:
-        a = read_rgb(pair.first)
-        b = a if pair.second == pair.first else read_rgb(pair.second)
-        height, width = a.shape[:2]
-        if b.shape != a.shape:
-            b = np.asarray(cv2.resize(b, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-        size = self.config.size
-        to_a, to_b = _two_windows((width, height), size, rng)
-        mirror = np.array([[-1, 0, size - 1], [0, 1, 0], [0, 0, 1]], np.float64)
-        if rng.random() < 0.5:
-            to_a, to_b = mirror @ to_a, mirror @ to_b
-        seen_a, seen_b = _warp(a, to_a, size), _warp(b, to_b, size)
-        if rng.random() < 0.5:
-            seen_a = distort(seen_a, rng)
-        seen_b = distort(seen_b, rng)
-        planes = (2, 0, 1)
-        return (
-            np.ascontiguousarray(seen_a.transpose(planes)),
-            np.ascontiguousarray(seen_b.transpose(planes)),
-            to_b @ np.linalg.inv(to_a),
-            pair.aligned,
-        )
+        plan = self.pairs.of_places(self.config.batch // 2, rng)
+        while len(plan) < self.config.batch:
+            path, scene = self.pairs.image(rng), len(plan)
+            for look in here_and_ahead(bool(rng.random() < 0.5), rng):
+                plan.append(Pair(path, path, look, True, scene))
+        return plan[: self.config.batch]
 
 
 class Views(Stage):
@@ -181,11 +128,11 @@ class Views(Stage):
         return {}
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        first, second, homography, aligned = batch
+        first, second, homography, aligned, scene = batch
         features = self._features(torch.cat([first, second])).float()
         with torch.autocast(features.device.type, enabled=False):
             whole, recall = self._global_loss(self.vlad(unit_cells(features)))
-            local, hits = self._local_loss(features, homography, aligned)
+            local, hits = self._local_loss(features, homography, aligned, scene)
         loss = local + self.config.global_weight * whole
         figures = {"global": whole, "recall": recall, "local": local, "local_recall": hits}
         return {"loss": loss} | {name: value.detach() for name, value in figures.items()}
@@ -203,7 +150,7 @@ class Views(Stage):
         return loss, (logits.argmax(dim=1) == wanted).float().mean()
 
     def _local_loss(
-        self, features: Tensor, homography: Tensor, aligned: Tensor
+        self, features: Tensor, homography: Tensor, aligned: Tensor, scene: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of the feature maps of all first views, then of all second ones: loss and Recall@1."""
         first, second = features.chunk(2)
@@ -222,7 +169,9 @@ class Views(Stage):
         others = unit_cells(second)
         wrong = query @ others.flatten(0, 1).T
         distance = (centres[None] - spots[image, cell][:, None]).abs().amax(dim=2)
-        near = torch.zeros(len(query), *others.shape[:2], dtype=torch.bool, device=image.device)
+        # What is seen from some steps ahead is the same, wherever it lies.
+        same = scene[image][:, None] == scene
+        near = same[:, :, None].repeat(1, 1, others.shape[1])
         rows = torch.arange(len(query), device=image.device)
         near[rows, image] = distance < _NEAR
         wrong = wrong.masked_fill(near.flatten(1), -math.inf)
@@ -232,56 +181,3 @@ class Views(Stage):
         wanted = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         loss = F.cross_entropy(logits / self.config.temperature, wanted)
         return loss, (logits.argmax(dim=1) == 0).float().mean()
-
-
-def _distinct_places(
-    dataset: PlaceDataset, count: int, aligned: bool, rng: np.random.Generator
-) -> list[Pair]:
-    """Up to ``count`` pairs of places of which no two may be the same."""
-    taken: set[int] = set()
-    pairs: list[Pair] = []
-    for query in rng.permutation(dataset.queries_with_positives):
-        if len(pairs) >= count:
-            break
-        around = dataset.non_negatives(query)
-        if taken.isdisjoint(around.tolist()):
-            taken.update(around.tolist())
-            partner = rng.choice(dataset.positives(query))
-            pairs.append(Pair(dataset.queries[query], dataset.database[partner], aligned))
-    return pairs
-
-
-def _two_windows(
-    image_size: tuple[int, int], size: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two overlapping quadrangles of an image, each as the homography to its view's pixels."""
-    width, height = image_size
-    longest = min(height, width)
-    side = math.exp(rng.uniform(math.log(min(110, longest)), math.log(longest)))
-    aspect = math.exp(rng.uniform(-1, 1) * math.log(1.5))
-    window = np.minimum([side * math.sqrt(aspect), side / math.sqrt(aspect)], image_size)
-    centre = rng.uniform(window / 2, image_size - window / 2)
-    first = CORNERS * window / 2 + centre
-    # The other camera stands closer or further, looks past it, is tilted and turned a little.
-    angle = rng.normal(0, 0.07)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    corners = CORNERS * math.exp(rng.uniform(-0.35, 0.35)) @ turn.T
-    corners = corners + rng.normal(0, 0.06, (4, 2))
-    moved = centre + rng.uniform([-0.3, -0.2], [0.3, 0.2]) * window
-    view = size, size
-    return homography_of(first, view), homography_of(corners * window / 2 + moved, view)
-
-
-def _warp(image: Image, homography: NDArray[np.float64], size: int) -> Image:
-    """A view; what lies outside of the image is its mirror image.
-
-    Where the view is smaller than what it shows, the image is blurred first: ``warpPerspective``
-    only looks at the nearest pixels.
-    """
-    shrink = 1 / math.sqrt(max(abs(float(np.linalg.det(homography[:2, :2]))), 1e-9))
-    if shrink > 1.2:
-        image = np.asarray(cv2.GaussianBlur(image, (0, 0), 0.5 * math.sqrt(shrink**2 - 1)))
-    view = cv2.warpPerspective(
-        image, homography, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-    )
-    return np.asarray(view, np.uint8)
