@@ -57,6 +57,18 @@ def test_clips_of_different_places_are_left_alone() -> None:
     assert align.positions(few) is None, "five frames are no walk"
 
 
+def test_a_missing_column_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "frames.csv"
+    table.write_text("file,clip\na.jpg,1\n")
+    monkeypatch.setattr(sys, "argv", ["align", str(table), "x.onnx", "out", "--same", "floor"])
+    with pytest.raises(SystemExit) as caught:
+        align.main()
+    assert caught.value.code == 2
+    assert f"{table} has no column floor, only file, clip" in capsys.readouterr().err
+
+
 def test_two_sides_of_a_corridor(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,14 +80,13 @@ def test_two_sides_of_a_corridor(
     wanted["f21_hallway_main"] = range(16, 22)
     table = tmp_path / "frames.csv"
     lines = [
-        f"{tower / row['file']},{row['clip']},tower"
+        f"{tower / row['file']},{row['clip']}"
         for row in rows
         if int(row["order_in_clip"]) in wanted.get(row["clip"], ())
     ]
-    table.write_text("\n".join(["file,clip,building", *lines]))
+    table.write_text("\n".join(["file,clip", *lines]))
     xfeat, output = data_dir / "teachers" / "xfeat.onnx", tmp_path / "found"
-    arguments = ["align", str(table), str(xfeat), str(output), "--same", "building"]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", ["align", str(table), str(xfeat), str(output)])
     align.main()
     assert [path.name for path in output.iterdir()] == ["f17_hallway_alt-f17_hallway_main.csv"]
     dataset = load_posed_images(output / "f17_hallway_alt-f17_hallway_main.csv", 1.5, 4)

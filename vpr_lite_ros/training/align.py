@@ -2,8 +2,8 @@
 
     python -m vpr_lite_ros.training.align TABLE XFEAT OUTPUT --same floor
 
-compares all clips of TABLE (``file``, ``clip``, rows in order of time) that share a value in the
-column given, such as walks along the left and the right side of a corridor, and writes a table
+compares all clips of TABLE (``file``, ``clip``, rows in order of time), or those that share a value
+in the column given, such as walks along both sides of a floor's corridor, and writes a table
 (``file``, ``x``, ``y``) for each two that run alongside each other: x is metres along the second
 clip, at walking pace. What was filmed from one metre beside, a place network must learn to call
 the same; what was filmed three metres further on, another.
@@ -94,17 +94,21 @@ def positions(inliers: NDArray[np.int64]) -> NDArray[np.float64] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("table", type=Path, help="CSV with file, clip and the column of --same")
+    parser.add_argument("table", type=Path, help="CSV with file and clip, in order of time")
     parser.add_argument("xfeat", type=Path, help="xfeat.onnx")
     parser.add_argument("output", type=Path, help="folder for the tables")
-    parser.add_argument("--same", default="clip", help="clips that share this are compared")
+    parser.add_argument("--same", help="compare only clips that share this column's value")
     parser.add_argument(
         "--metres-per-frame", type=float, default=1.4, help="default: a frame a second, walking"
     )
     args = parser.parse_args()
+    rows = read_table(args.table)
+    for column in ("file", "clip", args.same):
+        if column and column not in rows[0]:
+            parser.error(f"{args.table} has no column {column}, only {', '.join(rows[0])}")
     groups: dict[str, dict[str, list[Path]]] = {}
-    for row in read_table(args.table):
-        clips = groups.setdefault(row[args.same], {})
+    for row in rows:
+        clips = groups.setdefault(row[args.same] if args.same else args.table.stem, {})
         clips.setdefault(row["clip"], []).append(args.table.parent / row["file"])
     xfeat = XFeat(args.xfeat)
     args.output.mkdir(parents=True, exist_ok=True)
