@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
+WriteImages = Callable[[Path, Sequence[Image]], list[Path]]
 
 TINY_SIZE = (160, 128)
 TINY_PATCHES = 20
@@ -61,6 +62,38 @@ def _make_picture(seed: int, size: tuple[int, int] = TINY_SIZE) -> Image:
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         cv2.rectangle(out, (x, y), (x + side, y + side // 2), colour, -1)
     return out
+
+
+@pytest.fixture(scope="session")
+def write_images() -> WriteImages:
+    """``write_images(folder, pictures)``: 000.png, 001.png, …; their paths."""
+
+    def write(folder: Path, pictures: Sequence[Image]) -> list[Path]:
+        folder.mkdir(parents=True)
+        files = [folder / f"{index:03}.png" for index in range(len(pictures))]
+        for file, picture in zip(files, pictures, strict=True):
+            assert cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        return files
+
+    return write
+
+
+@pytest.fixture
+def pictures(write_images: WriteImages, tmp_path: Path) -> Path:
+    """A folder of six images."""
+    write_images(tmp_path / "images", [_make_picture(i, (160, 120)) for i in range(6)])
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def places(write_images: WriteImages, tmp_path: Path) -> Path:
+    """A table of six places 30 m apart, each seen twice, 2 m apart."""
+    seen = [_make_picture(i // 2, (160, 120)) for i in range(12)]
+    seen[1::2] = [np.roll(picture, 6, axis=1) for picture in seen[1::2]]
+    files = write_images(tmp_path / "places", seen)
+    rows = [f"{file.name},{30 * (i // 2) + 2 * (i % 2)},0" for i, file in enumerate(files)]
+    (tmp_path / "places" / "poses.csv").write_text("\n".join(["file,x,y", *rows]) + "\n")
+    return tmp_path / "places" / "poses.csv"
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,9 @@ from vpr_lite_ros.training.match import (  # noqa: E402
     MatchConfig,
     MatchPairs,
     assignment_loss,
-    partners,
+    look_up,
+    partners_by_points,
+    partners_by_spots,
 )
 from vpr_lite_ros.training.xfeat import XFeat, correspondences  # noqa: E402
 
@@ -49,37 +51,48 @@ def grid(columns: int, rows: int) -> Any:
 # Who is whose partner
 
 
-def test_partners_by_a_homography() -> None:
+def moved(matrix: list[list[float]], centres: Any) -> tuple[Any, Any]:
+    """Where a homography takes ``centres``, and where it brings ``centres`` from."""
+    there = torch.tensor(matrix)
+    lifted = torch.nn.functional.pad(centres, (0, 1), value=1.0)
+    both = (lifted @ matrix.T for matrix in (there, torch.linalg.inv(there)))
+    first, second = (points[:, :2] / points[:, 2:] for points in both)
+    return first, second
+
+
+def test_partners_by_spots() -> None:
     """The second view looks two patches to the right; one past the border nothing is said."""
-    homography = torch.tensor([[1.0, 0, -32], [0, 1, 0], [0, 0, 1]])
-    rows, columns = partners(grid(5, 2), grid(5, 2), homography, torch.zeros(0, 4))
+    spots = moved([[1, 0, -32], [0, 1, 0], [0, 0, 1.0]], grid(5, 2))
+    rows, columns = partners_by_spots(grid(5, 2), grid(5, 2), *spots)
     assert rows.tolist() == [DUSTBIN, UNKNOWN, 0, 1, 2, DUSTBIN, UNKNOWN, 5, 6, 7]
     assert columns.tolist() == [2, 3, 4, UNKNOWN, DUSTBIN, 7, 8, 9, UNKNOWN, DUSTBIN]
 
 
 def test_nothing_is_said_of_patches_that_are_nearly_seen() -> None:
     """Some 20 pixels past the border: neither the same nor surely alone."""
-    homography = torch.tensor([[1.0, 0, -20], [0, 1, 0], [0, 0, 1]])
-    rows, columns = partners(grid(3, 1), grid(3, 1), homography, torch.zeros(0, 4))
+    spots = moved([[1, 0, -20], [0, 1, 0], [0, 0, 1.0]], grid(3, 1))
+    rows, columns = partners_by_spots(grid(3, 1), grid(3, 1), *spots)
     # 8, 24, 40 go to −12, 4, 20.
     assert rows.tolist() == [UNKNOWN, 0, 1] and columns.tolist() == [1, 2, UNKNOWN]
 
 
 def test_two_patches_do_not_share_a_partner() -> None:
     """Seen from half as far, four patches fall on one."""
-    homography = torch.diag(torch.tensor([0.5, 0.5, 1]))
-    rows, columns = partners(grid(6, 6), grid(6, 6), homography, torch.zeros(0, 4))
+    spots = moved([[0.5, 0, 0], [0, 0.5, 0], [0, 0, 1.0]], grid(6, 6))
+    rows, columns = partners_by_spots(grid(6, 6), grid(6, 6), *spots)
     found = rows[rows >= 0]
     assert len(found.unique()) == len(found) == 9
     for row, column in zip(range(36), rows.tolist(), strict=True):
         assert column < 0 or columns[column] == row
 
 
-def test_what_lies_behind_the_camera_is_not_seen() -> None:
-    # Beyond x = 30 all is behind; x = 40 would be seen where it is.
-    homography = torch.tensor([[-1 / 3, 0, 0], [-8 / 30, 1, 0], [-1 / 30, 0, 1]])
-    rows, _ = partners(grid(4, 1), grid(4, 1), homography, torch.zeros(0, 4))
-    assert rows.tolist()[2:] == [DUSTBIN, DUSTBIN]
+def test_a_map_of_spots_is_right_between_its_points(pictures: Path) -> None:
+    pairs = MatchPairs(MatchConfig(images=[str(pictures)], steps=1), (96, 64))
+    assert pairs.shape == (5, 7, 2)
+    affine = pairs.lattice * [0.9, 1.1] + [12, -7]
+    at = grid(5, 3) + 5.0
+    found = look_up(pairs._maps([affine])[0], at)
+    assert torch.allclose(found, at * torch.tensor([0.9, 1.1]) + torch.tensor([12.0, -7.0]))
 
 
 def test_partners_by_matches_of_points() -> None:
@@ -93,10 +106,10 @@ def test_partners_by_matches_of_points() -> None:
             nothing,
         ]
     )
-    rows, columns = partners(grid(4, 1), grid(4, 1), None, points)
+    rows, columns = partners_by_points(grid(4, 1), grid(4, 1), points)
     assert rows.tolist() == [2, UNKNOWN, UNKNOWN, UNKNOWN]
     assert columns.tolist() == [UNKNOWN, UNKNOWN, 0, UNKNOWN]
-    rows, columns = partners(grid(4, 1), grid(4, 1), None, torch.tensor([nothing]))
+    rows, columns = partners_by_points(grid(4, 1), grid(4, 1), torch.tensor([nothing]))
     assert set(rows.tolist()) == set(columns.tolist()) == {UNKNOWN}
 
 
@@ -152,16 +165,6 @@ def test_a_file_that_is_not_xfeat_is_refused(tmp_path: Path) -> None:
 # Pairs and the stage
 
 
-@pytest.fixture
-def pictures(make_picture: MakePicture, tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(6):
-        picture = make_picture(index, (160, 120))
-        assert cv2.imwrite(str(folder / f"{index}.png"), picture)
-    return folder
-
-
 def config_of(pictures: Path, **changes: Any) -> MatchConfig:
     settings: dict[str, Any] = {"images": [str(pictures)], "steps": 1, "batch": 2, "workers": 0}
     return MatchConfig(**settings | changes)
@@ -177,7 +180,7 @@ def test_real_pairs_bring_what_xfeat_sees(data_dir: Path) -> None:
     pairs = MatchPairs(config, (640, 480))
     seen = 0
     for index in range(12):
-        first, _, _, aligned, points = pairs[index]
+        first, _, _, _, aligned, points = pairs[index]
         assert first.shape == (4, 480, 640, 3) and points.shape == (4, 600, 4)
         for known, of_pair in zip(aligned, points, strict=True):
             found = of_pair[~of_pair.isnan().any(dim=1)]
@@ -260,9 +263,9 @@ def test_from_a_place_network_to_a_bundle(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in range(3):
-        picture = cv2.imread(str(pictures / f"{number}.png"))
-        assert cv2.imwrite(str(pictures / f"{number}_again.png"), picture // 2)
-    rows = [f"{n}{again}.png,{n}" for n in range(3) for again in ("", "_again")]
+        picture = cv2.imread(str(pictures / f"{number:03}.png"))
+        assert cv2.imwrite(str(pictures / f"{number:03}_again.png"), picture // 2)
+    rows = [f"{n:03}{again}.png,{n}" for n in range(3) for again in ("", "_again")]
     (pictures / "twice.csv").write_text("\n".join(["file,place", *rows]))
     assert run(recipe, tmp_path) == 0
     out = tmp_path / "out"
@@ -278,7 +281,7 @@ def test_from_a_place_network_to_a_bundle(
     assert all(torch.equal(done.part("self_attention")[k], v) for k, v in trained.items())
     assert all(torch.equal(done.part("match")[k], v) for k, v in match.state_dict().items())
     assert not torch.equal(match.dustbin, tiny_networks[1].dustbin)
-    image = read_rgb(pictures / "0.png")
+    image = read_rgb(pictures / "000.png")
     image = np.asarray(cv2.resize(image, place.image_size), np.uint8)
     described = model.describe(image)
     with torch.no_grad():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from torch import Tensor  # noqa: E402
 
-from vpr_lite_ros.datasets import PlaceDataset, PlaceIds, load_places  # noqa: E402
+from vpr_lite_ros.datasets import PlaceDataset, PlaceIds  # noqa: E402
 from vpr_lite_ros.export import CheckpointError, load_networks  # noqa: E402
 from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
 from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
@@ -33,8 +32,12 @@ from vpr_lite_ros.training.errors import TrainingError  # noqa: E402
 from vpr_lite_ros.training.files import image_files, read_rgb  # noqa: E402
 from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
-from vpr_lite_ros.training.pairs import _distinct_places  # noqa: E402
-from vpr_lite_ros.training.recipe import PlaceRecipe, read_recipe, train_place  # noqa: E402
+from vpr_lite_ros.training.recipe import (  # noqa: E402
+    MatcherRecipe,
+    PlaceRecipe,
+    read_recipe,
+    train_place,
+)
 from vpr_lite_ros.training.thresholds import (  # noqa: E402
     Scores,
     least_threshold,
@@ -43,18 +46,11 @@ from vpr_lite_ros.training.thresholds import (  # noqa: E402
     score_pairs,
 )
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss  # noqa: E402
-from vpr_lite_ros.training.views import ViewPairs, Views, ViewsConfig  # noqa: E402
+from vpr_lite_ros.training.views import Views, ViewsConfig  # noqa: E402
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
-
-
-def write_pictures(folder: Path, pictures: list[Image]) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{index:03}.png" for index in range(len(pictures))]
-    for file, picture in zip(files, pictures, strict=True):
-        assert cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    return files
+WriteImages = Callable[[Path, Sequence[Image]], list[Path]]
 
 
 # What the student sees
@@ -86,24 +82,6 @@ def test_crops_are_windows_of_the_size_asked_for(
 
 
 # The loop of all stages
-
-
-@pytest.fixture
-def pictures(make_picture: MakePicture, tmp_path: Path) -> Path:
-    """A folder of six images."""
-    write_pictures(tmp_path / "images", [make_picture(i, (160, 120)) for i in range(6)])
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def places(make_picture: MakePicture, tmp_path: Path) -> Path:
-    """A table of six places 30 m apart, each seen twice, 2 m apart."""
-    seen = [make_picture(i // 2, (160, 120)) for i in range(12)]
-    seen[1::2] = [np.roll(picture, 6, axis=1) for picture in seen[1::2]]
-    files = write_pictures(tmp_path / "places", seen)
-    rows = [{"file": f.name, "x": 30 * (i // 2) + 2 * (i % 2), "y": 0} for i, f in enumerate(files)]
-    _write_table(tmp_path / "places" / "poses.csv", rows)
-    return tmp_path / "places" / "poses.csv"
 
 
 @pytest.fixture
@@ -369,140 +347,6 @@ def test_distilling_brings_the_student_nearer_to_its_teachers(
     assert (weights["layer3_std"] > 0).all() and not any("resnet" in name for name in weights)
 
 
-# Pairs of views
-
-
-def views_config(pictures: Path, **changes: Any) -> ViewsConfig:
-    settings: dict[str, Any] = {
-        "images": [str(pictures)],
-        "steps": 1,
-        "batch": 4,
-        "size": 64,
-        "clusters": 4,
-    }
-    return ViewsConfig(**settings | changes)
-
-
-def test_the_homography_says_where_each_pixel_of_a_view_is_in_the_other(pictures: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vpr_lite_ros.training.pairs.distort", lambda image, _rng: image)
-        batches = [ViewPairs(views_config(pictures, size=96))[index] for index in range(3)]
-    aside = []
-    for first, second, homography, aligned, _ in batches:  # some of them mirrored
-        assert aligned.all()
-        for a, b, matrix in zip(first, second, homography.numpy(), strict=True):
-            a, b = (view.permute(1, 2, 0).numpy() for view in (a, b))
-            moved = cv2.warpPerspective(a, matrix, (96, 96))
-            seen = cv2.erode(
-                cv2.warpPerspective(np.full_like(a, 255), matrix, (96, 96)), np.ones((9, 9))
-            )
-            error = np.abs(moved.astype(float) - b)[seen > 0]
-            assert len(error) > 3000 and error.mean() < 12
-            aside.append(np.abs(a.astype(float) - b).mean())
-    assert np.mean(aside) > 24, "they are not the same picture"
-
-
-def test_a_batch_follows_from_its_number_alone(pictures: Path, places: Path) -> None:
-    config = views_config(pictures, places=[str(places)])
-    for one, two in zip(ViewPairs(config)[7], ViewPairs(config)[7], strict=True):
-        assert torch.equal(one, two)
-    assert not torch.equal(ViewPairs(config)[7][0], ViewPairs(config)[8][0])
-
-
-def test_a_single_image_is_two_places_one_some_steps_ahead(pictures: Path) -> None:
-    for seed in range(10):
-        plan = ViewPairs(views_config(pictures))._plan(np.random.default_rng(seed))
-        assert [pair.scene for pair in plan] == [0, 0, 2, 2]
-        for here, ahead in (plan[:2], plan[2:]):
-            assert len({here.first, here.second, ahead.first, ahead.second}) == 1
-            assert here.look.centre == ahead.look.centre
-            assert here.look.mirrored == ahead.look.mirrored
-            left = np.divide(ahead.look.sides, here.look.sides)
-            assert left[0] == pytest.approx(left[1]) and 0.6 <= left[0] <= 0.8
-            # Views of one place differ less in scale than places that follow each other do.
-            assert here.look.scale < -np.log(left[0]) / 2
-    # An odd batch has a place without what is ahead of it.
-    odd = ViewPairs(views_config(pictures, batch=5))._plan(np.random.default_rng(0))
-    assert [pair.scene for pair in odd] == [0, 0, 2, 2, 4]
-
-
-def test_places_of_a_drive_are_as_close_as_its_radii_say(
-    make_picture: MakePicture, tmp_path: Path
-) -> None:
-    files = write_pictures(tmp_path / "drive", [make_picture(0, (32, 24))] * 40)
-    rows = [{"file": file.name, "x": i, "y": 0} for i, file in enumerate(files)]
-    _write_table(tmp_path / "drive" / "poses.csv", rows)
-    drive = load_places(tmp_path / "drive" / "poses.csv", 2, 4)
-    closest = []
-    for seed in range(20):
-        pairs = _distinct_places(drive, 100, np.random.default_rng(seed))
-        for index, (query, partner) in enumerate(pairs):
-            assert 0 < abs(query - partner) <= 2
-            others = pairs[:index] + pairs[index + 1 :]
-            assert all(abs(query - other) > 4 for _, other in others)
-        closest.append(len(pairs))
-    assert max(closest) >= 7, "one after the other, not 8 m or more apart"
-    assert min(closest) < max(closest), "at times from all over the drive"
-
-
-def test_half_a_batch_are_places_of_one_data_set_far_from_each_other(
-    pictures: Path, places: Path
-) -> None:
-    pairs = ViewPairs(views_config(pictures, places=[str(places)], batch=12))
-    number = {path: i // 2 for i, path in enumerate(sorted(places.parent.glob("*.png")))}
-    for seed in range(5):
-        plan = pairs._plan(np.random.default_rng(seed))
-        of_places = [pair for pair in plan if pair.first.parent == places.parent]
-        assert len(plan) == 12 and len(of_places) == 6
-        assert all(number[pair.first] == number[pair.second] for pair in of_places)
-        assert len({number[pair.first] for pair in of_places}) == 6
-        assert not any(pair.aligned or pair.first == pair.second for pair in of_places)
-
-
-def test_the_local_loss_knows_the_right_cell(pictures: Path) -> None:
-    """Features that move with the scene cost nothing; the same features unmoved cost much."""
-    stage = Views(views_config(pictures, size=128, anchors=64), RepVGGLite())
-    torch.manual_seed(1)
-    scene = torch.nn.functional.normalize(torch.randn(2, 192, 8, 12), dim=1)
-    # B looks two cells to the right: what is at x in A is at x − 32 pixels in B.
-    features = torch.cat([scene[..., 0:8], scene[..., 2:10]])
-    shift = torch.tensor([[[1.0, 0, -32], [0, 1, 0], [0, 0, 1]]] * 2)
-    aligned = torch.tensor([True, True])
-    scenes = torch.tensor([0, 1])
-    right, hits = stage._local_loss(features, shift, aligned, scenes)
-    unmoved = torch.eye(3).expand(2, 3, 3)
-    wrong, misses = stage._local_loss(features, unmoved, aligned, scenes)
-    assert right < 0.01 and hits == 1
-    assert wrong > 3 and misses < 0.2
-    nothing, _ = stage._local_loss(features, shift, ~aligned, scenes)
-    assert nothing == 0
-
-
-def test_what_is_seen_from_some_steps_ahead_is_not_called_wrong(pictures: Path) -> None:
-    """The same picture twice in a batch: of one scene it costs nothing, of two it does."""
-    stage = Views(views_config(pictures, size=128, anchors=64), RepVGGLite())
-    torch.manual_seed(1)
-    seen = torch.nn.functional.normalize(torch.randn(1, 192, 8, 8), dim=1).expand(4, -1, -1, -1)
-    unmoved, aligned = torch.eye(3).expand(2, 3, 3), torch.tensor([True, True])
-    one, _ = stage._local_loss(seen, unmoved, aligned, torch.tensor([3, 3]))
-    two, _ = stage._local_loss(seen, unmoved, aligned, torch.tensor([0, 1]))
-    assert one < 0.01 and two > 0.6
-
-
-def test_views_teach_places(pictures: Path, places: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = views_config(pictures, places=[str(places)], steps=30, workers=0, warmup_steps=5)
-    stage = Views(config, RepVGGLite())
-    held_out = ViewPairs(config)[2**41]
-    with devices() as on:
-        train(stage, replace(config, steps=1), tmp_path / "one.safetensors", on)
-        stage.eval()
-        before = stage(*held_out)["loss"]
-        train(stage, config, tmp_path / "views.safetensors", on)
-    stage.eval()
-    assert stage(*held_out)["loss"] < before - 0.2
-
-
 # Triplets
 
 
@@ -630,7 +474,7 @@ def test_thresholds_are_the_strictest_that_any_set_asks_for() -> None:
 
 def test_a_town_is_a_labelled_set(tiny_model: PlaceModel) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vpr_lite_ros.training.thresholds.TOWN_STEP", 15)
+        patch.setattr("vpr_lite_ros.training.town.TOWN_STEP", 15)
         found = score_labelled_sets(tiny_model, [{"town": 5}], most_queries=4)
     scores = found["town 5"]
     assert list(found) == ["town 5"] and scores.drawn
@@ -644,20 +488,12 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
         read_rgb(tmp_path / "a.jpg")
 
 
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def test_pairs_of_one_place_score_higher(
-    tiny_model: PlaceModel, make_picture: MakePicture, tmp_path: Path
+    tiny_model: PlaceModel, make_picture: MakePicture, write_images: WriteImages, tmp_path: Path
 ) -> None:
     pictures = [make_picture(i // 2) for i in range(8)]
     pictures[1::2] = [(picture * 0.9 + 8).astype(np.uint8) for picture in pictures[1::2]]
-    files = write_pictures(tmp_path / "pairs", pictures)
+    files = write_images(tmp_path / "pairs", pictures)
     places = tuple("aabbccdd")
     dataset = PlaceDataset("pairs", tuple(files), tuple(files), PlaceIds(places, places))
     scores = score_pairs(tiny_model, dataset)
@@ -798,7 +634,8 @@ def test_a_folder_without_images_is_named(recipe: dict[str, Any], tmp_path: Path
 
 def test_the_shipped_recipes_can_be_read(repository: Path) -> None:
     for path in (repository / "config" / "training").glob("*.yaml"):
-        assert read_recipe(path, PlaceRecipe).name == path.stem
+        kind = MatcherRecipe if path.stem.startswith("matcher") else PlaceRecipe
+        assert read_recipe(path, kind).name == path.stem
 
 
 def test_images_are_found_in_order(tmp_path: Path) -> None:

@@ -3,19 +3,17 @@
 It sees two views of one place and learns which patch of the one shows what a patch of the other
 shows; it sees views of two places and learns that nothing does. Which is which follows
 
-- from the homography, where both views are of one image or of a camera that does not move;
+- from how the views were made, where both are of one image or of a camera that does not move;
 - from XFeat's matches that agree with one motion of the camera, for two images of one place;
 - and for two places all patches go to the dustbin, so that the score learns to say no.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +27,14 @@ from vpr_lite_ros.models.repvgg import STRIDE
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import read_rgb
 from vpr_lite_ros.training.loop import Batch, Stage
-from vpr_lite_ros.training.pairs import Pair, Pairs, PairsConfig, part, render
+from vpr_lite_ros.training.pairs import (
+    Pair,
+    Pairs,
+    PairsConfig,
+    Standpoint,
+    part_from_beside,
+    render,
+)
 from vpr_lite_ros.training.xfeat import KeyPoints, XFeat, correspondences
 
 _SAME = 0.75 * STRIDE
@@ -62,16 +67,20 @@ class MatchConfig(PairsConfig):
 
 
 class MatchPairs(Dataset[Batch]):
-    """Item i: (A, B, H, aligned, points) of batch i.
+    """Item i: (A, B, there, back, aligned, points) of batch i.
 
-    A and B (N, H, W, 3) uint8, H (N, 3, 3) float32 from pixels of A to pixels of B, whether H
-    says what lies where (N) bool, and where it does not, points (N, ``_MOST_POINTS``, 4) float32:
-    x, y in A and in B that show the same; rows of NaN say nothing.
+    A and B (N, H, W, 3) uint8; there (N, H/16 + 1, W/16 + 1, 2) float32, the pixels of B that
+    show what every 16th pixel of A shows, and back, the other way round; whether these are known
+    (N) bool; and where they are not, points (N, ``_MOST_POINTS``, 4) float32: x, y in A and in B
+    that show the same; rows of NaN say nothing.
     """
 
     def __init__(self, config: MatchConfig, image_size: tuple[int, int]) -> None:
         self.config, self.image_size = config, image_size
         self.pairs = Pairs(config, "match")
+        columns, rows = (np.arange(0.0, side + STRIDE, STRIDE) for side in image_size)
+        self.shape = len(rows), len(columns), 2
+        self.lattice = np.stack(np.meshgrid(columns, rows), axis=2).reshape(-1, 2)
         self._xfeat: XFeat | None = None
         self._key_points = lru_cache(maxsize=2000)(self._find_key_points)
 
@@ -79,33 +88,38 @@ class MatchPairs(Dataset[Batch]):
         rng = np.random.default_rng((self.config.seed, index))
         plan = self._plan(rng)
         views: list[list[Tensor]] = [[], []]
-        homographies = []
+        there, back = [], []
         points = np.full((len(plan), _MOST_POINTS, 4), np.nan, np.float32)
         for number, pair in enumerate(plan):
-            *both, to_first, to_second = render(pair, self.image_size, rng)
+            *both, of_first, of_second = render(pair, self.image_size, rng)
             for found, view in zip(views, both, strict=True):
                 found.append(torch.from_numpy(np.ascontiguousarray(view)))
-            homographies.append(to_second @ np.linalg.inv(to_first))
+            there.append(of_second.from_image(of_first.to_image(self.lattice)))
+            back.append(of_first.from_image(of_second.to_image(self.lattice)))
             if not pair.aligned:
-                same = self._same_points(pair, to_first, to_second)
+                same = self._same_points(pair, of_first, of_second)
                 points[number, : len(same)] = same
         return (
             torch.stack(views[0]),
             torch.stack(views[1]),
-            torch.from_numpy(np.stack(homographies).astype(np.float32)),
+            *(self._maps(spots) for spots in (there, back)),
             torch.tensor([pair.aligned for pair in plan]),
             torch.from_numpy(points),
         )
 
+    def _maps(self, spots: list[NDArray[np.float64]]) -> Tensor:
+        return torch.from_numpy(np.stack(spots).astype(np.float32).reshape(-1, *self.shape))
+
     def _plan(self, rng: np.random.Generator) -> list[Pair]:
-        plan = self.pairs.of_places(self.config.batch, rng) if rng.random() < 0.67 else []
+        count = self.config.batch if rng.random() < 0.67 else 0
+        plan = self.pairs.of_places(count, rng, part_from_beside)
         while len(plan) < self.config.batch:
-            path = self.pairs.image(rng)
-            plan.append(Pair(path, path, part(bool(rng.random() < 0.5), rng), True, len(plan)))
+            look = part_from_beside(bool(rng.random() < 0.5), rng)
+            plan.append(Pair(*self.pairs.still(rng), look, True, len(plan)))
         return plan
 
     def _same_points(
-        self, pair: Pair, to_first: NDArray[np.float64], to_second: NDArray[np.float64]
+        self, pair: Pair, of_first: Standpoint, of_second: Standpoint
     ) -> NDArray[np.float32]:
         """(M, 4) pixels of the views that show the same, as XFeat sees it in the images."""
         first, second = self._key_points(pair.first), self._key_points(pair.second)
@@ -114,9 +128,9 @@ class MatchPairs(Dataset[Batch]):
             return same[:0]
         # Of two images of different size ``render`` scales the second one.
         scale = np.array(first.size) / np.array(second.size)
-        ends = (same[:, :2], to_first), (same[:, 2:] * scale, to_second)
-        moved = [cv2.perspectiveTransform(xy[None].astype(np.float64), to)[0] for xy, to in ends]
-        return np.concatenate(moved, axis=1).astype(np.float32)[:_MOST_POINTS]
+        points = same.astype(np.float64)
+        ends = of_first.from_image(points[:, :2]), of_second.from_image(points[:, 2:] * scale)
+        return np.concatenate(ends, axis=1).astype(np.float32)[:_MOST_POINTS]
 
     def _find_key_points(self, path: Path) -> KeyPoints:
         if self._xfeat is None:  # in the worker process
@@ -144,7 +158,7 @@ class Match(Stage):
         return MatchPairs(self.config, self.place.image_size)
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        first, second, homography, aligned, points = batch
+        first, second, there, back, aligned, points = batch
         width, height = self.place.image_size
         pixels = torch.tensor([width, height], device=first.device)
         views = []
@@ -154,12 +168,12 @@ class Match(Stage):
         (tokens0, centres0), (tokens1, centres1) = views
         losses, scores = [], []
         for i in range(len(first)):
-            rows, columns = partners(
-                centres0[i] * pixels,
-                centres1[i] * pixels,
-                homography[i] if aligned[i] else None,
-                points[i],
-            )
+            both = centres0[i] * pixels, centres1[i] * pixels
+            if aligned[i]:
+                spots = (look_up(map[i], at) for map, at in zip((there, back), both, strict=True))
+                rows, columns = partners_by_spots(*both, *spots)
+            else:
+                rows, columns = partners_by_points(*both, points[i])
             # The next pair's second view shows another place: no patch has a partner there.
             candidates = tokens1[[i, (i + 1) % len(first)]]
             log_plan = self._log_plan(tokens0[i : i + 1], candidates)
@@ -189,20 +203,26 @@ class Match(Stage):
             return self.match.transport(x0.float(), x1.float())
 
 
-def partners(
-    centres0: Tensor, centres1: Tensor, homography: Tensor | None, points: Tensor
+def look_up(spots: Tensor, at: Tensor) -> Tensor:
+    """What a map (H/16 + 1, W/16 + 1, 2) says of pixels (N, 2), between its points too."""
+    height, width, _ = spots.shape
+    span = torch.tensor([width - 1, height - 1], device=at.device) * STRIDE
+    grid = (at / span * 2 - 1)[None, None].to(spots.dtype)
+    found = F.grid_sample(spots.permute(2, 0, 1)[None], grid, align_corners=True)
+    return found[0, :, 0].T
+
+
+def partners_by_spots(
+    centres0: Tensor, centres1: Tensor, there: Tensor, back: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which patch of the other view shows the same.
+    """Which patch of the other view shows the same, where each patch's spot there is known.
 
     Parameters
     ----------
     centres0, centres1
         (N, 2) and (M, 2) pixels of the patches of either view.
-    homography
-        (3, 3) from pixels of the first to pixels of the second, or None where only points are
-        known.
-    points
-        (P, 4) x, y in the first and in the second view; rows of NaN are ignored.
+    there, back
+        (N, 2) and (M, 2) where the other view shows them.
 
     Returns
     -------
@@ -210,29 +230,39 @@ def partners(
         (N,) numbers of patches of the second view and (M,) of the first, or ``DUSTBIN``, or
         ``UNKNOWN``.
     """
-    rows = torch.full((len(centres0),), UNKNOWN, device=centres0.device)
-    columns = torch.full((len(centres1),), UNKNOWN, device=centres1.device)
-    if homography is None:
-        points = points[~points.isnan().any(dim=1)]
-        if not len(points):
-            return rows, columns
+    distance = torch.cdist(there, centres1)
+    alone0 = distance.min(dim=1).values > _OTHER
+    alone1 = torch.cdist(back, centres0).min(dim=1).values > _OTHER
+    rows, columns = _mutual(-distance, distance < _SAME)
+    rows[alone0 & (rows == UNKNOWN)] = DUSTBIN
+    columns[alone1 & (columns == UNKNOWN)] = DUSTBIN
+    return rows, columns
+
+
+def partners_by_points(centres0: Tensor, centres1: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, where some points are known; nothing is said of patches that none speaks for.
+
+    Parameters
+    ----------
+    points
+        (P, 4) x, y in the first and in the second view; rows of NaN are ignored.
+    """
+    points = points[~points.isnan().any(dim=1)]
+    votes = torch.zeros(len(centres0), len(centres1), device=centres0.device)
+    if len(points):
         # Each match of points speaks for the patches nearest to its ends.
         distance0, near0 = torch.cdist(points[:, :2], centres0).min(dim=1)
         distance1, near1 = torch.cdist(points[:, 2:], centres1).min(dim=1)
         heard = (distance0 < _SAME) & (distance1 < _SAME)
-        votes = torch.zeros(len(centres0), len(centres1), device=centres0.device)
         ones = torch.ones(int(heard.sum()), device=votes.device)
         votes.index_put_((near0[heard], near1[heard]), ones, accumulate=True)
-        same = votes > 0
-        closeness = votes
-    else:
-        there = _project(centres0, homography)
-        back = _project(centres1, torch.linalg.inv(homography))
-        distance = torch.cdist(there, centres1)
-        rows[distance.min(dim=1).values > _OTHER] = DUSTBIN
-        columns[torch.cdist(back, centres0).min(dim=1).values > _OTHER] = DUSTBIN
-        same = distance < _SAME
-        closeness = -distance
+    return _mutual(votes, votes > 0)
+
+
+def _mutual(closeness: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs (N, M) that are each other's closest and ``same``; all others are ``UNKNOWN``."""
+    rows = torch.full((len(closeness),), UNKNOWN, device=closeness.device)
+    columns = torch.full((closeness.shape[1],), UNKNOWN, device=closeness.device)
     best1, best0 = closeness.argmax(dim=1), closeness.argmax(dim=0)
     number = torch.arange(len(rows), device=rows.device)
     mutual = (best0[best1] == number) & same[number, best1]
@@ -249,7 +279,7 @@ def assignment_loss(log_plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     log_plan
         (N + 1, M + 1) log of the transport plan, dustbins last.
     rows, columns
-        What ``partners`` returns.
+        What ``partners_by_spots`` returns.
     """
     matched = rows >= 0
     matches = -log_plan[:-1][matched, rows[matched]]
@@ -259,10 +289,3 @@ def assignment_loss(log_plan: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     means = [part.mean() for part in (matches, dustbins) if len(part)]
     # Where nothing is known there is nothing to learn, but a gradient to hand back.
     return torch.stack(means).mean() if means else log_plan.sum() * 0
-
-
-def _project(points: Tensor, homography: Tensor) -> Tensor:
-    """(N, 2) points through a homography; those behind the camera come to lie far away."""
-    lifted = F.pad(points, (0, 1), value=1.0) @ homography.T
-    there = lifted[:, :2] / lifted[:, 2:]
-    return torch.where(lifted[:, 2:] > 1e-6, there, torch.full_like(there, math.inf))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -19,16 +18,14 @@ from vpr_lite_ros.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
-from vpr_lite_ros.simulation import simulate_drive
 from vpr_lite_ros.training.augment import distort
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import read_rgb
+from vpr_lite_ros.training.town import draw_town
 
 TRUE_PER_QUERY = 3
 FALSE_PER_QUERY = 8
 """Of each query's pairs the most similar ones: what retrieval would bring."""
-TOWN_STEP = 3
-"""Of a simulated drive every third frame is about as far from the next as keyframes are."""
 NOMINAL_FOCAL = 0.8
 """Focal length, in image widths, of a camera of 64°: most training images name none."""
 
@@ -167,7 +164,8 @@ def score_labelled_sets(
         with tempfile.TemporaryDirectory() as folder:
             match source:
                 case {"town": int(town), **rest} if not rest:
-                    dataset = draw_town(town, Path(folder) / f"town {town}")
+                    drawn = draw_town(town, Path(folder) / f"town {town}")
+                    dataset = load_dataset({"table": str(drawn / "poses.csv")})
                 case _:
                     dataset = load_dataset(source)
             name = f"{dataset.name}, distorted" if distorted else dataset.name
@@ -176,17 +174,3 @@ def score_labelled_sets(
             )
         found[name] = replace(scores, drawn="town" in source)
     return found
-
-
-def draw_town(seed: int, folder: Path) -> PlaceDataset:
-    """Every ``TOWN_STEP``-th frame of the simulated drive of ``seed``, drawn into ``folder``."""
-    folder.mkdir(parents=True)
-    drive = simulate_drive(seed)
-    drive = drive.part(0, len(drive), TOWN_STEP)
-    rows = ["file,x,y"]
-    for number, frame in enumerate(tqdm(drive.frames(), folder.name, len(drive))):
-        name, (x, y, _) = f"{number:04}.png", frame.pose
-        cv2.imwrite(str(folder / name), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
-        rows.append(f"{name},{x:.3f},{y:.3f}")
-    (folder / "poses.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return load_dataset({"table": str(folder / "poses.csv")})

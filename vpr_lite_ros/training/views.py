@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -29,7 +30,7 @@ from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.fit import fit_clusters
 from vpr_lite_ros.training.loop import Batch, Stage
-from vpr_lite_ros.training.pairs import Pair, Pairs, PairsConfig, here_and_ahead, render
+from vpr_lite_ros.training.pairs import Pair, Pairs, PairsConfig, here_and_ahead, part, render
 
 _NEAR = 24.0
 """Pixels: cells of the other view closer than this to the right spot are not called wrong."""
@@ -58,40 +59,51 @@ class ViewsConfig(PairsConfig):
             raise TrainingError(f"size is {self.size}, should be 32, 48, 64, …")
 
 
-class ViewPairs(Dataset[Batch]):
-    """Item i: (A, B, H, aligned, scene) of batch i.
+def cell_centres(size: int) -> NDArray[np.float64]:
+    """(C, 2) x, y in pixels of what the cells of a view of ``size`` pixels are centred on."""
+    cells = np.arange(size // STRIDE) * float(STRIDE)
+    return np.stack(np.meshgrid(cells, cells), axis=2).reshape(-1, 2)
 
-    A and B (N, 3, S, S) uint8, H (N, 3, 3) float32 from pixels of A to pixels of B, whether H
-    says what lies where (N) bool, and the scene's number (N) int64.
+
+class ViewPairs(Dataset[Batch]):
+    """Item i: (A, B, spots, aligned, one_place, scene) of batch i.
+
+    A and B (N, 3, S, S) uint8; spots (N, C, 2) float32, the pixels of B that show what lies at
+    the centres of A's cells; whether that is known (N) bool; whether both are one place (N) bool;
+    the scene's number (N) int64.
     """
 
     def __init__(self, config: ViewsConfig) -> None:
         self.config, self.pairs = config, Pairs(config, "views")
+        self.centres = cell_centres(config.size)
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.config.seed, index))
         plan = self._plan(rng)
         views: list[list[Tensor]] = [[], []]
-        homographies = []
+        spots = []
         for pair in plan:
-            *both, to_first, to_second = render(pair, (self.config.size,) * 2, rng)
+            *both, of_first, of_second = render(pair, (self.config.size,) * 2, rng)
             for found, view in zip(views, both, strict=True):
                 found.append(torch.from_numpy(np.ascontiguousarray(view.transpose(2, 0, 1))))
-            homographies.append(to_second @ np.linalg.inv(to_first))
+            spots.append(of_second.from_image(of_first.to_image(self.centres)))
         return (
             torch.stack(views[0]),
             torch.stack(views[1]),
-            torch.from_numpy(np.stack(homographies).astype(np.float32)),
+            torch.from_numpy(np.stack(spots).astype(np.float32)),
             torch.tensor([pair.aligned for pair in plan]),
+            torch.tensor([pair.one_place for pair in plan]),
             torch.tensor([pair.scene for pair in plan]),
         )
 
     def _plan(self, rng: np.random.Generator) -> list[Pair]:
-        plan = self.pairs.of_places(self.config.batch // 2, rng)
+        plan = self.pairs.of_places(self.config.batch // 2, rng, part)
         while len(plan) < self.config.batch:
-            path, scene = self.pairs.image(rng), len(plan)
-            for look in here_and_ahead(bool(rng.random() < 0.5), rng):
-                plan.append(Pair(path, path, look, True, scene))
+            scene, mirrored = len(plan), bool(rng.random() < 0.5)
+            files = self.pairs.still(rng)
+            plan += [Pair(*files, look, True, scene) for look in here_and_ahead(mirrored, rng)]
+            files = self.pairs.still(rng)
+            plan.append(Pair(*files, part(mirrored, rng), True, len(plan), one_place=False))
         return plan[: self.config.batch]
 
 
@@ -105,11 +117,8 @@ class Views(Stage):
         vlad.pca.requires_grad_(False)  # fitted afterwards
         self.trained = nn.ModuleDict({"backbone": backbone, "vlad": vlad})
         self.vlad, self.backbone = vlad, backbone
-        cells = torch.arange(config.size // STRIDE)
-        y, x = torch.meshgrid(cells, cells, indexing="ij")
-        centres = torch.stack([x.flatten(), y.flatten()], dim=1).float() * STRIDE
         self.centres: Tensor
-        self.register_buffer("centres", centres)
+        self.register_buffer("centres", torch.from_numpy(cell_centres(config.size)).float())
 
     def batches(self) -> ViewPairs:
         return ViewPairs(self.config)
@@ -128,11 +137,11 @@ class Views(Stage):
         return {}
 
     def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        first, second, homography, aligned, scene = batch
+        first, second, spots, aligned, one_place, scene = batch
         features = self._features(torch.cat([first, second])).float()
         with torch.autocast(features.device.type, enabled=False):
-            whole, recall = self._global_loss(self.vlad(unit_cells(features)))
-            local, hits = self._local_loss(features, homography, aligned, scene)
+            whole, recall = self._global_loss(self.vlad(unit_cells(features)), one_place)
+            local, hits = self._local_loss(features, spots, aligned, scene)
         loss = local + self.config.global_weight * whole
         figures = {"global": whole, "recall": recall, "local": local, "local_recall": hits}
         return {"loss": loss} | {name: value.detach() for name, value in figures.items()}
@@ -141,24 +150,23 @@ class Views(Stage):
         out: Tensor = self.backbone(standardise(images.float()))
         return out
 
-    def _global_loss(self, vlad: Tensor) -> tuple[Tensor, Tensor]:
+    def _global_loss(self, vlad: Tensor, one_place: Tensor) -> tuple[Tensor, Tensor]:
         """Of the VLADs of all first views, then of all second ones: loss and Recall@1."""
         first, second = vlad.chunk(2)
         logits = first @ second.T / self.config.temperature
-        wanted = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
-        return loss, (logits.argmax(dim=1) == wanted).float().mean()
+        # Views that are not one place are still none of the others.
+        wanted = one_place.nonzero()[:, 0]
+        there, back = logits[wanted], logits.T[wanted]
+        loss = (F.cross_entropy(there, wanted) + F.cross_entropy(back, wanted)) / 2
+        return loss, (there.argmax(dim=1) == wanted).float().mean()
 
     def _local_loss(
-        self, features: Tensor, homography: Tensor, aligned: Tensor, scene: Tensor
+        self, features: Tensor, spots: Tensor, aligned: Tensor, scene: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of the feature maps of all first views, then of all second ones: loss and Recall@1."""
         first, second = features.chunk(2)
         centres, far = self.centres, float(self.centres.max())
-        lifted = torch.cat([centres, torch.ones_like(centres[:, :1])], dim=1)
-        lifted = lifted @ homography.transpose(1, 2)
-        spots = lifted[..., :2] / lifted[..., 2:]
-        seen = ((spots >= 0) & (spots <= far)).all(dim=-1) & (lifted[..., 2] > 0)
+        seen = ((spots >= 0) & (spots <= far)).all(dim=-1)
         image, cell = (seen & aligned[:, None]).nonzero(as_tuple=True)
         chosen = torch.randperm(len(image), device=image.device)[: self.config.anchors]
         image, cell = image[chosen], cell[chosen]

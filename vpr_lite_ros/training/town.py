@@ -1,0 +1,43 @@
+"""A drawn town as a labelled sequence: streets that no network has learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks
+from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.simulation import simulate_drive
+
+TOWN_STEP = 3
+"""Of a simulated drive every third frame is about as far from the next as keyframes are."""
+
+
+def draw_town(seed: int, folder: Path) -> Path:
+    """Draw the drive of ``seed`` into ``folder``: images, poses.csv and camera.json.
+
+    Another seed is another town; 0 is the demo's.
+    """
+    folder.mkdir(parents=True)
+    drive = simulate_drive(seed)
+    drive = drive.part(0, len(drive), TOWN_STEP)
+    rows = ["file,stamp_s,x,y"]
+    for number, frame in enumerate(tqdm(drive.frames(), folder.name, len(drive))):
+        name, (x, y, _) = f"{number:04}.png", frame.pose
+        cv2.imwrite(str(folder / name), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
+        rows.append(f"{name},{frame.stamp_ns / 1e9:.3f},{x:.3f},{y:.3f}")
+    (folder / "poses.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    camera = Camera(*drive.image_size, tuple(drive.camera_matrix.ravel().tolist()))
+    (folder / "camera.json").write_text(
+        f'{{"width": {camera.width}, "height": {camera.height}, "K": {list(camera.matrix)}}}\n',
+        encoding="utf-8",
+    )
+    return folder
+
+
+def town_benchmark(seed: int, folder: Path, radius_m: float) -> Benchmark:
+    """The same as a benchmark: true is what was taken within ``radius_m``."""
+    (benchmark,) = find_benchmarks(draw_town(seed, folder), radius_m=radius_m)
+    return benchmark
