@@ -17,16 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from vpr_lite_ros.bags import Source, SourceError
-from vpr_lite_ros.benchmarks import (
-    RECALL_KS,
-    Answer,
-    Benchmark,
-    BenchmarkError,
-    find_benchmarks,
-    measure,
-    read_frames,
-)
+from vpr_lite_ros.benchmarks import Benchmark, BenchmarkError, find_benchmarks, read_frames
 from vpr_lite_ros.image import fit
+from vpr_lite_ros.measurement import RECALL_KS, Answer, measure
 from vpr_lite_ros.progress import progress
 from vpr_lite_ros.summary import Record, write_json
 from vpr_lite_ros.training.teachers import MobileNetV1, ResNet18

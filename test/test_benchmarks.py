@@ -14,22 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vpr_lite_ros import benchmarks
 from vpr_lite_ros.bags import SourceError
-from vpr_lite_ros.benchmarks import (
-    Answer,
-    BenchmarkError,
-    aligned,
-    describe,
-    evaluate,
-    find_benchmarks,
-    measure,
-    reorder,
-)
+from vpr_lite_ros.benchmarks import BenchmarkError, aligned, find_benchmarks
 from vpr_lite_ros.cli import main
 from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.evaluation import PairTruth
 from vpr_lite_ros.inference import PlaceModel
+from vpr_lite_ros.measurement import Answer, describe, evaluate, measure, reorder
 
 MakePicture = Callable[..., NDArray[np.uint8]]
 MakeImages = Callable[[Path, Iterable[int]], Path]
@@ -393,9 +384,9 @@ def test_tokens_are_stored_for_reranking_only(
     stored: list[NDArray[np.float16]] = []
     add = KeyframeDatabase.add
 
-    def keep(database: KeyframeDatabase, stamp_ns: int, description: Any) -> int:
+    def keep(database: KeyframeDatabase, stamp_ns: int, description: Any, **more: Any) -> int:
         stored.append(description.tokens)
-        return add(database, stamp_ns, description)
+        return add(database, stamp_ns, description, **more)
 
     monkeypatch.setattr(KeyframeDatabase, "add", keep)
     before, after = (make_images(tmp_path / name, [0, 1]) for name in ("before", "after"))
@@ -428,7 +419,8 @@ class _Oracle(PlaceModel):
         self.calls.append(len(candidates))
         wanted = self._partners[self._picture(query)]
         found = [self._picture(tokens) == wanted for tokens in candidates]
-        return np.array(found, np.float32), None
+        count = self.bundle.max_patches
+        return np.array(found, np.float32), np.zeros((len(found), count, count), np.float32)
 
 
 def test_reranking_follows_the_match_scores(
@@ -436,28 +428,27 @@ def test_reranking_follows_the_match_scores(
     make_picture: MakePicture,
     tiny_model: PlaceModel,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As above with a tolerance of none: looks mislead every query, matching leads to the truth.
     database = make_images(tmp_path / "before", [0, 1, 2, 3, 4])
     queries = make_images(tmp_path / "after", [1, 2, 3, 4, 0])
     pictures = [make_picture(seed) for seed in range(5)]
     oracle = _Oracle(tiny_model, pictures, partners=[4, 0, 1, 2, 3])
-    monkeypatch.setattr(benchmarks, "MATCH_BATCH", 2)
     benchmark = aligned("shift", queries, database, tolerance=0)
 
     report = evaluate(benchmark, oracle, rerank=5)
-    assert oracle.calls == [2, 2, 1] * 5
+    assert oracle.calls == [5] * 5
     assert report["global"]["recall_at_1"] == 0.0
     assert report["reranked"] == {"candidates": 5, **dict.fromkeys(FIGURES, 1.0)}
     lines = describe(report).splitlines()
-    assert [line.split()[0] for line in lines[-2:]] == ["global", "reranked"]
+    assert [line.split()[0] for line in lines[-3:]] == ["global", "reranked", "detector,"]
+    assert "without epipolar check" in lines[-1] and "not calibrated" in lines[-1]
 
     # What looks best is false: one candidate leaves nothing to choose from.
     report = evaluate(benchmark, oracle, rerank=1)
     assert report["reranked"]["recall_at_1"] == 0.0
     assert report["reranked"]["recall_at_5"] == 1.0
-    assert oracle.calls[15:] == [1] * 5
+    assert oracle.calls[5:] == [1] * 5
 
 
 def test_more_candidates_than_ten_are_retrieved_for_reranking(
@@ -467,7 +458,7 @@ def test_more_candidates_than_ten_are_retrieved_for_reranking(
     queries = make_images(tmp_path / "after", range(12))
     oracle = _Oracle(tiny_model, [make_picture(seed) for seed in range(12)], range(12))
     evaluate(aligned("same", queries, database), oracle, rerank=12)
-    assert oracle.calls == [10, 2] * 12
+    assert oracle.calls == [12] * 12
 
 
 # -- what will not do ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from vpr_lite_ros.matching import (
     MIN_SHARE,
     Camera,
     Status,
+    count_planar,
     epipolar_distance,
     fit_epipolar,
     mutual_matches,
@@ -293,3 +294,21 @@ def test_status_numbers_are_those_of_the_message(repository: Path) -> None:
             name, _, number = line.removeprefix("uint8 STATUS_").split("#")[0].partition("=")
             assert Status[name.strip()] == int(number)
     assert text.count("uint8 STATUS_") >= len(Status) - 1  # NOT_BEST may stay inside
+
+
+# Without a camera
+
+
+def test_matches_on_one_plane_are_counted() -> None:
+    rng = np.random.default_rng(3)
+    points = rng.uniform([0, 0], [640, 480], (60, 2))
+    lifted = np.pad(points, ((0, 0), (0, 1)), constant_values=1.0)
+    moved = lifted @ np.array([[1.1, 0.05, 20], [-0.04, 1.05, -15], [1e-4, 5e-5, 1]]).T
+    seen = moved[:, :2] / moved[:, 2:] + rng.normal(0, 3, (60, 2))
+    seen[40:] = rng.uniform([0, 0], [640, 480], (20, 2))
+    found = count_planar(seen, points, 24.0)
+    assert 40 <= found <= 43
+    assert found == count_planar(seen, points, 24.0), "the same input, the same result"
+    assert count_planar(rng.uniform(0, 640, (60, 2)), points, 24.0) < 15
+    assert count_planar(seen[:4], points[:4], 24.0) == 0
+    assert count_planar(np.zeros((9, 2)), np.zeros((9, 2)), 24.0) <= 9

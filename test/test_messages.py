@@ -59,7 +59,9 @@ def make_candidate(keyframe_id: int, fit: EpipolarFit | None, status: Status) ->
     keyframe = Keyframe(keyframe_id, 0, "monday", 5_000_000_001, None, None, centres)
     index = np.arange(3)
     matches = Matches(index, index, np.ones(3, np.float32))
-    return Candidate(keyframe, 0.9, keyframe_id, 0.7, matches, fit, 1, status)
+    return Candidate(
+        keyframe, 0.9, keyframe_id, 0.7, matches, fit, confidence=0.8, agreeing=1, status=status
+    )
 
 
 def convert(decision: Decision) -> list[LoopClosure]:
@@ -97,11 +99,12 @@ def test_a_turn_to_the_left_is_positive_about_z_of_the_body() -> None:
     assert messages.stamp_ns(first.header.stamp) == 9_000_000_002
     assert messages.stamp_ns(first.match_stamp) == 5_000_000_001
     assert (first.query_session, first.match_session, first.robot_id) == ("tuesday", "monday", 3)
-    assert math.isnan(first.confidence)
+    assert first.confidence == pytest.approx(0.8)
 
 
 def test_no_candidate_is_said() -> None:
     (message,) = convert(Decision(1, 1))
+    assert math.isnan(message.confidence)
     assert message.status == LoopClosure.STATUS_NO_CANDIDATE
     assert (message.match_session, message.match_id) == ("", 0)
 

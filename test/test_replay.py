@@ -97,7 +97,8 @@ def test_files_agree_with_each_other(laps: Path, config: Config, tmp_path: Path)
     assert [{**line, "status": "ACCEPTED"} for line in closures] == accepted
     for line, row in zip(closures, table, strict=True):
         assert tuple(line) == tuple(row) == CLOSURE_FIELDS
-        assert row == {name: str(value) for name, value in line.items()}
+        shown = {name: "" if value is None else str(value) for name, value in line.items()}
+        assert row == shown and row["confidence"] == ""
     # Every candidate is accounted for, and every keyframe has at least one line.
     counted = {line["status"] for line in decisions}
     assert counted == set(summary["candidates"])

@@ -1,57 +1,41 @@
-"""Benchmarks: labelled images on disk, and how well a model finds places among them.
+"""Benchmarks: labelled images on disk.
 
 There are two kinds. In *one sequence* every frame is looked up among the frames before it that
 are at least a time gap older, as the node does. With *two sequences* every frame of one is looked
-up among all frames of the other, the database. Descriptors and tokens go through the node's own
-``KeyframeDatabase``, so what is measured is the retrieval that runs on the robot.
-
-What the figures mean is in ``evaluation.py``. *Queries* are the frames that have an eligible true
-match: Recall@K is over these. The precision-recall curve is over all frames that were looked up,
-because on a drive most frames show a new place and a match for one of these is a false loop;
-its recall counts the queries, too.
+up among all frames of the other, the database. ``measurement.py`` does that.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vpr_lite_ros.bags import Frame, Source, read_pairs, read_poses
 from vpr_lite_ros.bags.pixels import UnusableImage, decode_file
 from vpr_lite_ros.bags.sources import FolderSource
-from vpr_lite_ros.database import KeyframeDatabase
+from vpr_lite_ros.camera_file import read_camera
 from vpr_lite_ros.evaluation import (
     Booleans,
     GroundTruth,
     PairTruth,
     RadiusTruth,
     findable,
-    precision_recall,
-    recall_at,
 )
-from vpr_lite_ros.image import fit
-from vpr_lite_ros.inference import PlaceModel
-from vpr_lite_ros.progress import progress
-from vpr_lite_ros.summary import Record, write_json
+from vpr_lite_ros.matching import Camera
 
 if TYPE_CHECKING:
     from vpr_lite_ros.datasets import PlaceDataset
 
 log = logging.getLogger(__name__)
 
-RECALL_KS = (1, 5, 10)
-MATCH_BATCH = 10
-"""Candidates matched in one call: of each, an N × N assignment comes back."""
+CAMERA_FILES = ("calib.json", "camera.json", "camera.yaml")
+"""Where a sequence's intrinsics may be, beside its images: see ``camera_file.read_camera``."""
 
 DATABASE_TRAVERSE = "day_right"
 QUERY_TRAVERSES = {"day": "day_left", "night": "night_right"}
@@ -121,6 +105,8 @@ class Benchmark:
     """How far from the query's place a match may lie and still be true."""
     tolerance_unit: str
     """``m`` or ``frames``."""
+    camera: Camera | None = None
+    """Intrinsics of all images, if known: without them there is no epipolar check."""
 
     @property
     def first_query(self) -> int:
@@ -148,17 +134,6 @@ class Benchmark:
         return np.array([self.truth.same_place(query, known).any() for query in asked], np.bool_)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was found for one frame."""
-
-    frame: int
-    matches: list[int]
-    """Frame numbers, best first; empty if nothing was eligible."""
-    score: float
-    """How sure the first match is; NaN without matches."""
-
-
 # -- what is on disk -----------------------------------------------------------------------------
 
 
@@ -176,6 +151,8 @@ def find_benchmarks(
     - ``train_val/<city>``: MSLS, each of ``MSLS_CITIES`` that is there, true within 25 m without
       regard to the direction of view. The folder of any one city is a benchmark, too;
     - none of these: every sub-folder that is one of these; others are left out with a warning.
+
+    One sequence may have its camera beside it: ``calib.json``, ``camera.json`` or ``camera.yaml``.
 
     Parameters
     ----------
@@ -309,7 +286,7 @@ def _from_loops(name: str, folder: Path, rate_hz: float) -> Benchmark:
                 f"{folder / 'loops.csv'} lists the pair {pair[0]},{pair[1]}, but the "
                 f"{len(source)} images are numbered 0 to {len(source) - 1}: are some missing?"
             )
-    return Benchmark(name, source, None, PairTruth(pairs), 0, "frames")
+    return Benchmark(name, source, None, PairTruth(pairs), 0, "frames", _camera(folder))
 
 
 def _from_poses(name: str, folder: Path, radius_m: float, rate_hz: float) -> Benchmark:
@@ -327,7 +304,13 @@ def _from_poses(name: str, folder: Path, radius_m: float, rate_hz: float) -> Ben
             f"{table} has no pose for {len(missing)} of {len(source)} images, the first is "
             f"{names[missing[0]]}: add the poses or take the images away"
         )
-    return Benchmark(name, source, None, RadiusTruth(xyz, radius_m), radius_m, "m")
+    truth = RadiusTruth(xyz, radius_m)
+    return Benchmark(name, source, None, truth, radius_m, "m", _camera(folder))
+
+
+def _camera(folder: Path) -> Camera | None:
+    files = [folder / name for name in CAMERA_FILES if (folder / name).is_file()]
+    return read_camera(files[0]) if files else None
 
 
 def _open(folder: Path, rate_hz: float = 1.0) -> FolderSource:
@@ -349,146 +332,7 @@ def _stamps(source: FolderSource) -> list[int]:
     return stamps
 
 
-# -- measuring -----------------------------------------------------------------------------------
-
-
-def evaluate(
-    benchmark: Benchmark, model: PlaceModel, *, min_time_gap_s: float = 30.0, rerank: int = 0
-) -> Record:
-    """Look everything up and measure how good the answers are.
-
-    Parameters
-    ----------
-    min_time_gap_s
-        In one sequence, a frame is looked up among frames at least this much older.
-    rerank
-        This many candidates of each frame are also put in the order of their match scores.
-        0: none, which is much faster.
-
-    Returns
-    -------
-    dict
-        ``queries``, ``looked_up`` and ``database`` (numbers of frames), ``query_sequence`` and
-        ``database_sequence`` (names of folders), ``tolerance``, ``tolerance_unit``, ``true_if``,
-        ``min_time_gap_s`` (None with two sequences), ``model_id``, ``backend``, and ``global``
-        and, if asked for, ``reranked``: each ``recall_at_1``, ``recall_at_5``, ``recall_at_10``,
-        ``auc``, ``recall_at_100_precision`` (NaN without queries); ``reranked`` also
-        ``candidates``, the value of ``rerank``.
-
-    Raises
-    ------
-    BenchmarkError
-        If an image cannot be read: the figures would be those of another set of images.
-    """
-    could = benchmark.findable(min_time_gap_s)
-    retrieved, reranked = _look_up(benchmark, model, benchmark.gap_ns(min_time_gap_s), rerank)
-    report: Record = {
-        "dataset": benchmark.name,
-        "queries": int(could.sum()),
-        "looked_up": sum(bool(answer.matches) for answer in retrieved),
-        "database": len(benchmark.sources[0]),
-        "query_sequence": benchmark.queries.path.resolve().name,
-        "database_sequence": benchmark.sources[0].path.resolve().name,
-        "tolerance": benchmark.tolerance,
-        "tolerance_unit": benchmark.tolerance_unit,
-        "true_if": benchmark.truth.definition,
-        "min_time_gap_s": min_time_gap_s if benchmark.database is None else None,
-        "model_id": model.bundle.model_id,
-        "backend": model.backend,
-        "global": measure(retrieved, benchmark.truth, could),
-    }
-    if rerank:
-        figures = measure(reranked, benchmark.truth, could)
-        report["reranked"] = {"candidates": rerank, **figures}
-    return report
-
-
-def measure(answers: Sequence[Answer], truth: GroundTruth, could: Booleans) -> dict[str, float]:
-    """The figures of one ranking.
-
-    Parameters
-    ----------
-    answers
-        One for each frame that was looked up, with or without matches.
-    could
-        (len(answers),) which of these frames have an eligible true match.
-    """
-    ranks = [
-        truth.same_place(answer.frame, np.array(answer.matches, np.int64)) for answer in answers
-    ]
-    recall = recall_at([rank for rank, can in zip(ranks, could, strict=True) if can], RECALL_KS)
-    first = [
-        (answer.score, bool(rank[0]))
-        for answer, rank in zip(answers, ranks, strict=True)
-        if len(rank)
-    ]
-    curve = precision_recall(
-        np.array([score for score, _ in first]),
-        np.array([true for _, true in first], np.bool_),
-        int(could.sum()),
-    )
-    return {
-        **{f"recall_at_{k}": value for k, value in recall.items()},
-        "auc": curve.auc,
-        "recall_at_100_precision": curve.recall_at_100_precision,
-    }
-
-
-def _look_up(
-    benchmark: Benchmark, model: PlaceModel, min_gap_ns: int, rerank: int
-) -> tuple[list[Answer], list[Answer]]:
-    """Answers in the order of retrieval, and those in the order of match scores if wanted."""
-    retrieved: list[Answer] = []
-    reranked: list[Answer] = []
-    bundle, first = model.bundle, benchmark.first_query
-    keyframes = KeyframeDatabase(
-        "",  # a temporary file: tokens of a long sequence do not fit into memory
-        model_id=bundle.model_id,
-        dimension=bundle.dimension,
-        # Without re-ranking no tokens are stored: those of Tokyo 24/7 would take 30 GB.
-        max_patches=bundle.max_patches if rerank else 0,
-        session=benchmark.name,
-    )
-    frames = itertools.chain.from_iterable(map(read_frames, benchmark.sources))
-    total = sum(map(len, benchmark.sources))
-    number_of: dict[int, int] = {}  # frame number by id of the keyframe
-    with closing(keyframes):
-        for number, frame in enumerate(progress(frames, total, "frame", benchmark.name)):
-            description = model.describe(fit(frame.image, bundle.image_size))
-            if number >= first:
-                depth = max(*RECALL_KS, rerank)
-                found = keyframes.search(description.descriptor, depth, frame.stamp_ns, min_gap_ns)
-                ids = [keyframe_id for keyframe_id, _ in found]
-                numbers = [number_of[keyframe_id] for keyframe_id in ids]
-                similarity = found[0][1] if found else math.nan
-                retrieved.append(Answer(number, numbers, similarity))
-                if rerank:
-                    scores = _match_scores(model, description.tokens, keyframes, ids[:rerank])
-                    reranked.append(reorder(retrieved[-1], scores))
-            if benchmark.database is None or number < first:
-                if not rerank:
-                    description = replace(description, tokens=description.tokens[:0].copy())
-                number_of[keyframes.add(frame.stamp_ns, description)] = number
-    return retrieved, reranked
-
-
-def _match_scores(
-    model: PlaceModel, tokens: NDArray[np.float16], keyframes: KeyframeDatabase, ids: list[int]
-) -> list[float]:
-    scores: list[float] = []
-    for start in range(0, len(ids), MATCH_BATCH):
-        masses, _ = model.match(tokens, keyframes.tokens(ids[start : start + MATCH_BATCH]))
-        scores += masses.tolist()
-    return scores
-
-
-def reorder(answer: Answer, scores: Sequence[float]) -> Answer:
-    """``answer`` with its first ``len(scores)`` matches by falling score; the rest stay behind."""
-    count = len(scores)
-    # A stable sort: equal scores keep the order of retrieval.
-    order = sorted(range(count), key=lambda rank: -scores[rank])
-    matches = [answer.matches[rank] for rank in order] + answer.matches[count:]
-    return Answer(answer.frame, matches, max(scores, default=math.nan))
+# -- reading ------------------------------------------------------------------------------------
 
 
 def read_frames(source: Source) -> Iterator[Frame]:
@@ -509,44 +353,3 @@ def read_frames(source: Source) -> Iterator[Frame]:
             f"an image in {source.path} cannot be used ({causes}; the warning above names it): "
             "restore it, or take it and its label away"
         )
-
-
-# -- telling -------------------------------------------------------------------------------------
-
-
-def evaluate_all(
-    benchmarks: Sequence[Benchmark],
-    model: PlaceModel,
-    output: Path,
-    *,
-    min_time_gap_s: float = 30.0,
-    rerank: int = 0,
-) -> Iterator[tuple[Record, Path]]:
-    """Evaluate one after the other; each report is in ``output/<name>.json`` when it is yielded."""
-    for benchmark in benchmarks:
-        report = evaluate(benchmark, model, min_time_gap_s=min_time_gap_s, rerank=rerank)
-        path = output / f"{benchmark.name}.json"
-        write_json(path, report)
-        yield report, path
-
-
-def describe(report: Record) -> str:
-    """A report for people: what was asked, and a table of the figures."""
-    gap = report["min_time_gap_s"]
-    lines = [
-        f"{report['dataset']}: {report['queries']} queries with a true match, "
-        f"{report['looked_up']} frames of {report['query_sequence']} looked up among "
-        f"{report['database']} of {report['database_sequence']}",
-        f"  true: {report['true_if']}" + (f", at least {gap:g} s before" if gap else "")
-        + f"; model {report['model_id']} on {report['backend']}",
-    ]  # fmt: skip
-    if not report["queries"]:
-        return "\n".join([*lines, "  no frame has a true match: there is nothing to recall"])
-    lines.append(f"  {'':10}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'PR AUC':>8}{'R@100%P':>9}")
-    for name in ("global", "reranked"):
-        if name in report:
-            figures = report[name]
-            recalls = "".join(f"{figures[f'recall_at_{k}']:8.3f}" for k in RECALL_KS)
-            rest = f"{figures['auc']:8.3f}{figures['recall_at_100_precision']:9.3f}"
-            lines.append(f"  {name:10}{recalls}{rest}")
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import logging
 import sys
+import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -98,8 +99,9 @@ def demo(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure recall and precision of a model on labelled images."""
-    from vpr_lite_ros.benchmarks import aligned, describe, evaluate_all, find_benchmarks
+    from vpr_lite_ros.benchmarks import aligned, find_benchmarks
     from vpr_lite_ros.inference import DEFAULT_BUNDLE, open_model
+    from vpr_lite_ros.measurement import describe, evaluate_all
 
     pair = args.queries, args.database
     if (args.dataset is None) != all(pair) or any(pair) != all(pair):
@@ -120,8 +122,54 @@ def evaluate(args: argparse.Namespace) -> int:
         args.output,
         min_time_gap_s=settings.min_time_gap_s,
         rerank=args.rerank,
+        min_agreeing=settings.min_agreeing_keyframes,
     ):
         print(f"{describe(report)}\n  file: {path}", flush=True)
+    return OK
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Fit a bundle's confidence to labelled sequences, and say what it is worth."""
+    from vpr_lite_ros.benchmarks import find_benchmarks
+    from vpr_lite_ros.inference import CARD, DEFAULT_BUNDLE, open_model
+
+    try:
+        from vpr_lite_ros.training.calibrate import calibrate_bundle
+        from vpr_lite_ros.training.town import town_benchmark
+    except ImportError as error:
+        print(
+            f"vpr-lite: error: calibrating needs scikit-learn and more ({error}): "
+            "pip install -r requirements/train.txt",
+            file=sys.stderr,
+        )
+        return FAILED
+    settings = config.make_config(_settings(args))
+    with tempfile.TemporaryDirectory() as drawn:
+        benchmarks = [
+            benchmark
+            for dataset in args.dataset
+            for benchmark in find_benchmarks(
+                dataset, radius_m=args.radius, tolerance=args.tolerance, rate_hz=args.rate
+            )
+        ]
+        for seed in args.town:
+            benchmarks.append(town_benchmark(seed, Path(drawn) / f"town {seed}", args.radius))
+        model = open_model(
+            Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE,
+            settings.backend,
+            settings.threads,
+        )
+        print(
+            calibrate_bundle(
+                model,
+                benchmarks,
+                top_k=settings.top_k,
+                min_time_gap_s=settings.min_time_gap_s,
+                min_agreeing=settings.min_agreeing_keyframes,
+                picture=args.picture,
+            )
+        )
+    print(f"  model card: {model.bundle.path / CARD}\n  picture: {args.picture}")
     return OK
 
 
@@ -228,6 +276,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_replay_options(command(replay))
     _add_demo_options(command(demo))
     _add_evaluate_options(command(evaluate))
+    _add_calibrate_options(command(calibrate))
 
     options = command(simulate)
     options.add_argument("output", type=Path, help="folder to make")
@@ -329,9 +378,39 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("build/eval"), help="folder for <name>.json"
     )
     parser.add_argument(
-        "--rerank", type=_count, default=0, metavar="K",
-        help="also put the first K candidates in the order of their match scores; 0: do not",
+        "--rerank", type=_count, default=10, metavar="K",
+        help="also match the first K candidates and put the surest first; 0: do not",
     )  # fmt: skip
+    _add_label_options(parser)
+    group = parser.add_argument_group("parameters", "As of the node.")
+    names = "bundle", "backend", "threads", "min_time_gap_s", "min_agreeing_keyframes"
+    _add_each_parameter(group, names)
+    # Of a parameter file all but these would have no effect: there is no option for one.
+    parser.set_defaults(params=None)
+
+
+def _add_calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", type=Path, nargs="*", metavar="DATASET",
+        help="labelled sequences, as of vpr-lite evaluate",
+    )  # fmt: skip
+    parser.add_argument(
+        "--town", type=int, action="append", default=[], metavar="SEED",
+        help="also a drive through a town that is drawn; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--picture", type=Path, default=Path("build/calibration.png"), metavar="FILE",
+        help="where to draw scores and reliability",
+    )  # fmt: skip
+    _add_label_options(parser)
+    group = parser.add_argument_group("parameters", "As of the node.")
+    names = "bundle", "backend", "threads", "top_k", "min_time_gap_s", "min_agreeing_keyframes"
+    _add_each_parameter(group, names)
+    parser.set_defaults(params=None)
+
+
+def _add_label_options(parser: argparse.ArgumentParser) -> None:
+    """What images and labels on disk mean."""
     parser.add_argument(
         "--radius", type=_positive, default=5.0, metavar="M",
         help="with poses.csv: metres within which two images show the same place",
@@ -343,10 +422,6 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=_positive, default=1.0, metavar="HZ", help="of images without stamps"
     )
-    group = parser.add_argument_group("parameters", "As of the node.")
-    _add_each_parameter(group, ("bundle", "backend", "threads", "min_time_gap_s"))
-    # Of a parameter file all but these would have no effect: there is no option for one.
-    parser.set_defaults(params=None)
 
 
 def _add_parameters(parser: argparse.ArgumentParser) -> None:

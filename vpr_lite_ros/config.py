@@ -138,6 +138,13 @@ class Config:
         minimum=-1,
         maximum=100000,
     )
+    target_precision: float = _parameter(
+        0.95,
+        "Where the model bundle is calibrated: accept only what was right at least this often on "
+        "the sequences it was calibrated on. Higher is safer and finds less; 0 accepts all.",
+        minimum=0,
+        maximum=1,
+    )
     epipolar_tolerance_px: float = _parameter(
         8.0,
         "How far a match may lie from its epipolar line, in pixels of the network's input. "

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr_lite_ros.calibration import Calibration, features
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase, Pose
 from vpr_lite_ros.image import Image, fit, thumbnail
@@ -23,12 +24,15 @@ from vpr_lite_ros.matching import (
     EpipolarFit,
     Matches,
     Status,
+    count_planar,
     fit_epipolar,
     mutual_matches,
 )
 
 AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many keyframes apart."""
+PLANAR_TOLERANCE_PX = 24.0
+"""Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 
 
 @dataclass
@@ -45,6 +49,11 @@ class Candidate:
     matches: Matches | None = None
     fit: EpipolarFit | None = None
     """None where a camera is not known or no motion was found."""
+    agreement: int = 0
+    """Matches that agree with each other: with one motion of the camera, or, where no camera is
+    known, with one homography."""
+    confidence: float = math.nan
+    """P(same place), 0…1; NaN where the pair was not matched or the model is not calibrated."""
     agreeing: int = 0
     """Keyframes in a row, this one included, that point to this stretch of the map."""
     status: Status = Status.NOT_BEST
@@ -88,6 +97,11 @@ class LoopDetector:
         Thresholds; ``nan``, and -1 inliers, are replaced by what the model's bundle recommends.
     model, database
         Both belong to the caller, who closes the database.
+
+    Raises
+    ------
+    CalibrationError
+        If the bundle's calibration is garbled.
     """
 
     def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
@@ -102,6 +116,7 @@ class LoopDetector:
         self.min_inliers = config.min_inliers
         if self.min_inliers < 0:
             self.min_inliers = int(recommended.get("inliers", 0))
+        self.calibration = Calibration.from_card(model.bundle.card)
         self.forget()
 
     def forget(self) -> None:
@@ -188,9 +203,18 @@ class LoopDetector:
         )
         passed = self._verify(description, camera, decision)
         if passed:
-            decision.closure = _best(passed)
+            decision.closure = max(passed, key=sureness)
             decision.closure.status = Status.ACCEPTED
         return decision
+
+    def examine(
+        self, description: Description, stamp_ns: int, camera: Camera | None = None
+    ) -> list[Candidate]:
+        """The candidates of an image, with what each check says; nothing is accepted or stored."""
+        decision = Decision(stamp_ns)
+        decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
+        self._verify(description, camera, decision)
+        return decision.candidates
 
     def _describe(self, image: Image, decision: Decision) -> Description:
         with _timed(decision, "resize"):
@@ -256,19 +280,29 @@ class LoopDetector:
             return Status.LOW_SCORE
         if len(candidate.matches) < self.config.min_matches:
             return Status.FEW_MATCHES
-        if camera is not None and candidate.keyframe.camera is not None:
+        query_centres = description.centres[candidate.matches.query]
+        candidate_centres = candidate.keyframe.centres[candidate.matches.candidate]
+        known_camera = candidate.keyframe.camera
+        if camera is not None and known_camera is not None:
             tolerance = self.config.epipolar_tolerance_px * camera.radians_per_pixel(
                 self.model.bundle.image_size[0]
             )
             candidate.fit = fit_epipolar(
-                camera.rays(description.centres[candidate.matches.query]),
-                candidate.keyframe.camera.rays(
-                    candidate.keyframe.centres[candidate.matches.candidate]
-                ),
-                tolerance,
+                camera.rays(query_centres), known_camera.rays(candidate_centres), tolerance
             )
+            candidate.agreement = candidate.num_inliers
             if candidate.num_inliers < self.min_inliers:
                 return Status.GEOMETRY
+        else:
+            pixels = np.array(self.model.bundle.image_size)
+            candidate.agreement = count_planar(
+                query_centres * pixels, candidate_centres * pixels, PLANAR_TOLERANCE_PX
+            )
+        if self.calibration is not None:
+            curve = self.calibration.curve(camera is not None and known_camera is not None)
+            candidate.confidence = curve.confidence(features_of(candidate))
+            if candidate.confidence < curve.threshold(self.config.target_precision):
+                return Status.LOW_CONFIDENCE
         return Status.NOT_BEST
 
     def _accept(self, passed: list[Candidate]) -> Candidate | None:
@@ -277,7 +311,7 @@ class LoopDetector:
             streaks = [
                 before.agreeing
                 for before in self._passed_before
-                if _are_neighbours(before.keyframe, candidate.keyframe)
+                if are_neighbours(before.keyframe, candidate.keyframe)
             ]
             candidate.agreeing = 1 + max(streaks, default=0)
         agreeing = []
@@ -288,16 +322,23 @@ class LoopDetector:
                 candidate.status = Status.NOT_CONSISTENT
         if not agreeing:
             return None
-        closure = _best(agreeing)
+        closure = max(agreeing, key=sureness)
         closure.status = Status.ACCEPTED
         return closure
 
 
-def _best(candidates: list[Candidate]) -> Candidate:
-    return max(candidates, key=lambda candidate: (candidate.match_score, -candidate.rank))
+def sureness(candidate: Candidate) -> tuple[float, int]:
+    """What matched candidates are ranked by: confidence, or else match score, then retrieval."""
+    known = not math.isnan(candidate.confidence)
+    return candidate.confidence if known else candidate.match_score, -candidate.rank
 
 
-def _are_neighbours(one: Keyframe, other: Keyframe) -> bool:
+def features_of(candidate: Candidate) -> list[float]:
+    """What the calibration knows of a matched candidate."""
+    return features(candidate.similarity, candidate.match_score, candidate.agreement)
+
+
+def are_neighbours(one: Keyframe, other: Keyframe) -> bool:
     """Whether two keyframes belong to one stretch of one drive."""
     drives = (one.robot_id, one.session), (other.robot_id, other.session)
     return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW

@@ -26,7 +26,7 @@ PLACE_GRAPH = "place.onnx"
 MATCH_GRAPH = "match.onnx"
 CARD = "model.yaml"
 BUNDLE_FORMAT = 1
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v1"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v3"
 """The model bundle that ships with the package."""
 
 Arrays = dict[str, NDArray[Any]]

@@ -159,6 +159,24 @@ def fit_epipolar(
     return EpipolarFit(mask.ravel() > 0, rotation, direction.ravel())
 
 
+def count_planar(
+    query_points: NDArray[np.float64], candidate_points: NDArray[np.float64], tolerance: float
+) -> int:
+    """How many matches (M, 2) agree with one homography: geometry where no camera is known.
+
+    Parameters
+    ----------
+    tolerance
+        How far a match may lie from where the homography puts it, in the points' unit.
+    """
+    if len(query_points) < 5:
+        return 0
+    _, inliers = cv2.findHomography(
+        candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
+    )
+    return 0 if inliers is None else int(inliers.sum())
+
+
 def epipolar_distance(
     essential: NDArray[np.float64], from_rays: NDArray[np.float64], to_rays: NDArray[np.float64]
 ) -> NDArray[np.float64]:

@@ -110,7 +110,7 @@ def _of_candidate(
         robot_id=common.robot_id,
         similarity=candidate.similarity,
         match_score=candidate.match_score,
-        confidence=common.confidence,
+        confidence=candidate.confidence,
         num_matches=candidate.num_matches,
         num_inliers=candidate.num_inliers,
         rank=candidate.rank,

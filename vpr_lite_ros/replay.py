@@ -9,6 +9,7 @@ and parameters give the same bytes. ``summary.json`` is written at the end.
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -45,11 +46,13 @@ CLOSURE_FIELDS = (
     "rank",
     "similarity",
     "match_score",
+    "confidence",
     "num_matches",
     "num_inliers",
 )
 """Columns of the closures' files. Frames are numbered from 0 in the recording's order; frame and
-name of a match are empty where it is a keyframe of another session."""
+name of a match are empty where it is a keyframe of another session, confidence where the model
+is not calibrated."""
 
 DECIMALS = 6
 
@@ -256,13 +259,19 @@ def _records(run: Run, number: int, decision: Decision) -> list[Record]:
                 "match_session": keyframe.session,
                 "rank": candidate.rank,
                 "similarity": round(candidate.similarity, DECIMALS),
-                "match_score": round(candidate.match_score, DECIMALS),
+                "match_score": _rounded(candidate.match_score),
+                "confidence": _rounded(candidate.confidence),
                 "num_matches": candidate.num_matches,
                 "num_inliers": candidate.num_inliers,
                 "status": candidate.status.name,
             }
         )
     return records or [query]
+
+
+def _rounded(value: float) -> float | None:
+    """What is not a number is nothing: null in JSON, empty in CSV."""
+    return None if math.isnan(value) else round(value, DECIMALS)
 
 
 class _Files:

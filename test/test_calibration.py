@@ -1,0 +1,325 @@
+"""P(same place): the curve, what the detector makes of it, and fitting it to real cases."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+
+from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks
+from vpr_lite_ros.calibration import (
+    FEATURES,
+    Calibration,
+    CalibrationError,
+    Curve,
+    expected_calibration_error,
+    features,
+)
+from vpr_lite_ros.cli import main
+from vpr_lite_ros.config import make_config
+from vpr_lite_ros.database import Keyframe, KeyframeDatabase
+from vpr_lite_ros.detector import Candidate, LoopDetector, sureness
+from vpr_lite_ros.inference import PlaceModel, open_model
+from vpr_lite_ros.matching import Status
+from vpr_lite_ros.measurement import OPEN, Answer, Found, agreed, evaluate
+
+Image = NDArray[np.uint8]
+MakePicture = Callable[..., Image]
+
+PRECISION = ((0.9, 0.2), (0.99, 0.6), (1.0, 0.8))
+CURVE = Curve(-1.0, (2.0, 0.5, 1.5), PRECISION)
+PLAIN = Curve(1.0, (3.0, 0.0, 0.0), PRECISION)
+
+
+# The curve
+
+
+def test_confidence_by_hand() -> None:
+    values = features(0.5, math.exp(-2), 0)
+    assert values == pytest.approx([0.5, -2.0, 0.0])
+    assert CURVE.confidence(values) == pytest.approx(1 / (1 + math.exp(1.0)))
+    assert CURVE.confidence(features(0.5, math.exp(-2), 19)) == pytest.approx(
+        1 / (1 + 20**-1.5 * math.exp(1.0))
+    )
+    assert PLAIN.confidence(features(-1 / 3, 0.1, 500)) == pytest.approx(0.5)
+    assert math.isfinite(features(0.0, 0.0, 0)[1])
+    assert Curve(1e9, (0.0, 0.0, 0.0), PRECISION).confidence(values) == pytest.approx(1.0)
+
+
+def test_a_target_picks_the_threshold_that_reaches_it() -> None:
+    found = [CURVE.threshold(target) for target in (0, 0.5, 0.9, 0.91, 0.99, 0.995, 1)]
+    assert found == [0.0, 0.2, 0.2, 0.6, 0.6, 0.8, 0.8]
+    assert Curve(0.0, (), ((0.9, 0.3),)).threshold(0.99) == 0.3
+
+
+def test_a_card_gives_back_what_it_was_given() -> None:
+    told = Calibration(CURVE, PLAIN).to_card()
+    card = yaml.safe_load(yaml.safe_dump({"calibration": told}))
+    assert Calibration.from_card(card) == Calibration(CURVE, PLAIN)
+    assert list(told["with_camera"]["weights"]) == list(FEATURES)
+    assert Calibration.from_card({}) is None
+
+
+@pytest.mark.parametrize(
+    "garble",
+    [
+        lambda entry: entry.pop("without_camera"),
+        lambda entry: entry["with_camera"]["weights"].pop("agreement"),
+        lambda entry: entry["with_camera"].update(bias=math.nan),
+        lambda entry: entry["with_camera"].update(bias="much"),
+        lambda entry: entry["with_camera"].update(precision=[]),
+        lambda entry: entry["with_camera"].update(precision=[[0.9, 0.5], [0.99, 0.4], [0.5, 1]]),
+        lambda entry: entry.update(with_camera=3),
+    ],
+)
+def test_a_garbled_calibration_is_refused(garble: Callable[[dict[str, Any]], Any]) -> None:
+    entry = copy.deepcopy(Calibration(CURVE, PLAIN).to_card())
+    garble(entry)
+    with pytest.raises(CalibrationError, match="vpr-lite calibrate"):
+        Calibration.from_card({"calibration": entry})
+
+
+def test_calibration_error_by_hand() -> None:
+    confidence = np.array([0.05, 0.05, 0.92, 0.98, 1.0])
+    true = np.array([False, True, True, True, False])
+    # 0.0–0.1: 0.05 against one half; 0.9–1.0: a mean of 0.967 against two thirds.
+    assert expected_calibration_error(confidence, true) == pytest.approx((0.9 + 0.9) / 5)
+    assert expected_calibration_error(np.array([1.0]), np.array([True])) == 0
+    assert math.isnan(expected_calibration_error(np.zeros(0), np.zeros(0, np.bool_)))
+
+
+# In the detector
+
+
+@pytest.fixture
+def calibrated(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[..., LoopDetector]]:
+    """``calibrated(plain_curve, **parameters)``: a detector whose bundle has that curve."""
+    bundle = tiny_model.bundle
+    database = KeyframeDatabase(
+        tmp_path / "keyframes.db",
+        model_id=bundle.model_id,
+        dimension=bundle.dimension,
+        max_patches=bundle.max_patches,
+        session="one",
+    )
+
+    def make(curve: Curve, **values: object) -> LoopDetector:
+        bundle.card["calibration"] = Calibration(CURVE, curve).to_card()
+        still: dict[str, object] = {
+            "min_time_gap_s": 0.0,
+            "min_agreeing_keyframes": 1,
+            "keyframe.max_similarity": 1.0,
+        }
+        return LoopDetector(make_config({**OPEN, **still, **values}), tiny_model, database)
+
+    yield make
+    bundle.card.pop("calibration", None)
+    database.close()
+
+
+def test_too_little_confidence_is_said(
+    calibrated: Callable[..., LoopDetector], make_picture: MakePicture
+) -> None:
+    detector = calibrated(Curve(-40.0, (50.0, 0.0, 0.0), PRECISION), target_precision=0.99)
+    for number in range(3):
+        detector.process(make_picture(number), number * 10**9)
+    again = (make_picture(1) * 0.9 + 5).astype(np.uint8)
+    decision = detector.process(again, 9 * 10**9)
+    assert decision.closure is not None and decision.closure.keyframe.id == 2
+    assert decision.closure.confidence > 0.9 and decision.closure.status is Status.ACCEPTED
+    others = [one for one in decision.candidates if one is not decision.closure]
+    assert {one.status for one in others} == {Status.LOW_CONFIDENCE}
+    assert all(one.confidence < 0.6 for one in others)
+    # Whoever asks for less gets more.
+    lax = calibrated(Curve(-40.0, (50.0, 0.0, 0.0), PRECISION), target_precision=0)
+    statuses = [one.status for one in lax.query(again).candidates]
+    assert Status.LOW_CONFIDENCE not in statuses
+
+
+def test_the_surest_candidate_wins_not_the_best_score(
+    calibrated: Callable[..., LoopDetector], make_picture: MakePicture
+) -> None:
+    pictures = [make_picture(0), make_picture(1)]
+    mixed = cv2.addWeighted(pictures[0], 0.7, pictures[1], 0.3, 0)
+    by_similarity = calibrated(Curve(0.0, (5.0, 0.0, 0.0), PRECISION))
+    for number, picture in enumerate(pictures):
+        by_similarity.process(picture, number * 10**9)
+    upside_down = calibrated(Curve(0.0, (-5.0, 0.0, 0.0), PRECISION))
+    first, second = (one.query(mixed).closure for one in (by_similarity, upside_down))
+    assert first is not None and second is not None
+    assert (first.keyframe.id, second.keyframe.id) == (1, 2)
+
+
+def test_without_calibration_the_match_score_ranks() -> None:
+    keyframe = Keyframe(1, 0, "one", 0, None, None, np.zeros((0, 2), np.float32))
+    uncalibrated = Candidate(keyframe, 0.9, 3, 0.4)
+    assert sureness(uncalibrated) == (0.4, -3)
+    assert sureness(Candidate(keyframe, 0.9, 3, 0.4, confidence=0.7)) == (0.7, -3)
+
+
+# What the detector as a whole would say
+
+
+def found(frame: int, *candidates: tuple[int, float]) -> Found:
+    """``candidates``: (keyframe, confidence)."""
+    examined = [
+        Candidate(
+            Keyframe(number, 0, "one", 0, None, None, np.zeros((0, 2), np.float32)),
+            0.9,
+            rank,
+            0.5,
+            confidence=confidence,
+        )
+        for rank, (number, confidence) in enumerate(candidates)
+    ]
+    return Found(Answer(frame, [number for number, _ in candidates], 0.9), examined)
+
+
+def test_a_closure_is_as_sure_as_its_chain() -> None:
+    frames = [
+        found(50, (10, 0.6), (30, 0.9)),
+        found(51, (11, 0.8), (90, 0.95)),  # 90 is surer, but nothing led to it
+        found(52, (12, 0.7)),
+        found(53),
+        found(54, (14, 0.9)),
+    ]
+    one = agreed(frames, 1)
+    assert [(answer.matches, answer.score) for answer in one[:2]] == [([30], 0.9), ([90], 0.95)]
+    two = agreed(frames, 2)
+    assert two[0].matches == [] and math.isnan(two[0].score)
+    assert [(answer.matches, answer.score) for answer in two[1:3]] == [([11], 0.6), ([12], 0.7)]
+    # An image without candidates breaks the chain.
+    assert two[3].matches == two[4].matches == []
+    three = agreed(frames, 3)
+    assert [answer.matches for answer in three] == [[], [], [12], [], []]
+    assert three[2].score == 0.6
+
+
+# Fitting it
+
+
+@pytest.fixture
+def walks(make_picture: MakePicture, tmp_path: Path) -> list[Benchmark]:
+    """Three walks: ten places, then seven of them again in another light and three new ones."""
+    folders = []
+    for walk in range(3):
+        folder = tmp_path / f"walk{walk}"
+        folder.mkdir()
+        rows = ["file,x,y"]
+        rng = np.random.default_rng(walk)
+        for frame in range(20):
+            place = 100 * walk + (frame - 10 if 10 <= frame < 17 else frame)
+            picture = make_picture(place).astype(float)
+            if frame >= 10:
+                picture = picture * rng.uniform(0.7, 1) + rng.normal(0, 12, picture.shape)
+            bgr = cv2.cvtColor(picture.clip(0, 255).astype(np.uint8), cv2.COLOR_RGB2BGR)
+            cv2.imwrite(str(folder / f"{frame:03}.png"), bgr)
+            rows.append(f"{frame:03}.png,{place * 20},0")
+        (folder / "poses.csv").write_text("\n".join(rows) + "\n")
+        folders.append(folder)
+    return [one for folder in folders for one in find_benchmarks(folder)]
+
+
+@pytest.fixture
+def own_model(tiny_model: PlaceModel, tmp_path: Path) -> PlaceModel:
+    """The tiny model in a bundle of its own, to write to."""
+    shutil.copytree(tiny_model.bundle.path, tmp_path / "bundle")
+    return open_model(tmp_path / "bundle")
+
+
+def test_calibrating_a_bundle(own_model: PlaceModel, walks: Sequence[Benchmark]) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.training.calibrate import calibrate_bundle
+
+    before = own_model.bundle.model_id
+    picture = own_model.bundle.path / "pictures" / "calibration.png"
+    text = calibrate_bundle(
+        own_model, walks, top_k=5, min_time_gap_s=8.0, min_agreeing=1, picture=picture
+    )
+    assert cv2.imread(str(picture)).std() > 10
+    assert "calibrated on 3 sequences" in text and "walk1" in text
+    model = open_model(own_model.bundle.path)
+    assert model.bundle.model_id == before, "stored keyframes can still be used"
+    card = model.bundle.card
+    assert card["thresholds"]["inliers"] == 0
+    # No walk has a camera: nothing tells what its motion adds.
+    told = card["calibration"]
+    assert told["with_camera"] == told["without_camera"]
+    assert list(told["expected_calibration_error"]) == ["walk0", "walk1", "walk2"]
+    errors = [one["without_camera"] for one in told["expected_calibration_error"].values()]
+    assert all(0 <= error < 0.35 for error in errors)
+    assert told["fitted_to"]["walk0"].startswith("7 of ")
+    report = evaluate(walks[0], model, min_time_gap_s=8.0, rerank=5, min_agreeing=1)
+    assert report["reranked"]["recall_at_1"] > 0.8
+    assert report["detector_recall_at_100_precision"] > 0.5
+    assert report["expected_calibration_error"] < 0.35 and not report["epipolar_check"]
+
+
+def test_a_camera_beside_the_images_brings_geometry(
+    own_model: PlaceModel, walks: Sequence[Benchmark]
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.training.calibrate import calibrate_bundle
+
+    folders = [walk.queries.path for walk in walks]
+    for folder in folders[:2]:
+        camera = {"width": 160, "height": 128, "fx": 120, "fy": 120, "cx": 80, "cy": 64}
+        (folder / "calib.json").write_text(json.dumps(camera))
+    again = [one for folder in folders for one in find_benchmarks(folder)]
+    assert [walk.camera is not None for walk in again] == [True, True, False]
+    picture = own_model.bundle.path / "calibration.png"
+    text = calibrate_bundle(
+        own_model, again, top_k=5, min_time_gap_s=8.0, min_agreeing=1, picture=picture
+    )
+    model = open_model(own_model.bundle.path)
+    told = model.bundle.card["calibration"]
+    assert told["with_camera"] != told["without_camera"]
+    line = {row.split()[0]: row for row in text.splitlines()}
+    assert "with camera" in line["walk1"] and "with camera" not in line["walk2"]
+    assert evaluate(again[0], model, min_time_gap_s=8.0, rerank=5)["epipolar_check"]
+
+
+def test_what_cannot_be_calibrated_on_is_named(
+    own_model: PlaceModel,
+    walks: Sequence[Benchmark],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    bundle = str(own_model.bundle.path)
+    first = walks[0].queries.path
+    assert main(["calibrate", str(first), "--bundle", bundle]) == 1
+    assert "two or more labelled sequences, got 1" in capsys.readouterr().err
+    (first / "poses.csv").write_text(
+        "file,x,y\n" + "".join(f"{number:03}.png,{number * 50},0\n" for number in range(20))
+    )
+    others = [str(walk.queries.path) for walk in walks[1:]]
+    command = ["calibrate", str(first), *others, "--bundle", bundle, "--min_time_gap_s", "8"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "walk0: each of its" in error and "is false" in error and "labels" in error
+    assert "calibration" not in open_model(own_model.bundle.path).bundle.card
+
+
+def test_the_command_says_what_it_found(
+    own_model: PlaceModel,
+    walks: Sequence[Benchmark],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    folders = [str(walk.queries.path) for walk in walks]
+    bundle = own_model.bundle.path
+    command = ["calibrate", *folders, "--bundle", str(bundle), "--picture", str(bundle / "a.png")]
+    assert main([*command, "--min_time_gap_s", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "calibration error, fitted to the others" in out and "walk2" in out
+    assert "confidence by target_precision" in out

@@ -1,0 +1,131 @@
+"""How likely a candidate shows the same place: what similarity, score and geometry say together.
+
+A logistic regression of what the detector knows of a candidate, fitted by ``vpr-lite calibrate``
+to labelled sequences and kept in the bundle's model card. There are two: where the camera is
+known, so that matches that agree with one motion of it can be counted, and where it is not, and
+those are counted that agree with one homography.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FEATURES = ("similarity", "match", "agreement")
+"""In this order; ``features`` says of what."""
+WITH_CAMERA, WITHOUT_CAMERA = "with_camera", "without_camera"
+_LEAST_SCORE = 1e-3
+"""Of match scores below this, the logarithm says nothing more."""
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be used; the message says why."""
+
+
+def features(similarity: float, match_score: float, agreement: int) -> list[float]:
+    """What the weights of a ``Curve`` are multiplied with.
+
+    Scores and counts span orders of magnitude, and twice as much says the same everywhere, so
+    they are taken as logarithms. The rank in retrieval is left out: what it knows the similarity
+    knows, too, and a curve that has learned how seldom later candidates are true no longer puts
+    those first that are.
+    """
+    score = math.log(max(match_score, _LEAST_SCORE))
+    return [similarity, score, math.log1p(agreement)]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logistic regression, and what its answers were worth where it was measured."""
+
+    bias: float
+    weights: tuple[float, ...]
+    """One for each of ``FEATURES``."""
+    precision: tuple[tuple[float, float], ...]
+    """(target, least confidence whose closures were right at least as often), rising."""
+
+    def confidence(self, values: list[float]) -> float:
+        """P(same place), 0…1."""
+        logit = self.bias + sum(w * x for w, x in zip(self.weights, values, strict=True))
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
+
+    def threshold(self, target_precision: float) -> float:
+        """Least confidence to accept; of targets above all that were measured, the highest."""
+        if target_precision <= 0:
+            return 0.0
+        reached = [least for target, least in self.precision if target >= target_precision]
+        return reached[0] if reached else self.precision[-1][1]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Both curves of a bundle."""
+
+    with_camera: Curve
+    without_camera: Curve
+
+    def curve(self, has_camera: bool) -> Curve:
+        return self.with_camera if has_camera else self.without_camera
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> Calibration | None:
+        """What ``model.yaml`` says, checked; None if the bundle is not calibrated.
+
+        Raises
+        ------
+        CalibrationError
+            If it is garbled.
+        """
+        if (entry := card.get("calibration")) is None:
+            return None
+        try:
+            return cls(_read_curve(entry[WITH_CAMERA]), _read_curve(entry[WITHOUT_CAMERA]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"the calibration in the bundle's model.yaml is garbled ({error}): run "
+                "`vpr-lite calibrate` again"
+            ) from error
+
+    def to_card(self) -> dict[str, Any]:
+        """What ``from_card`` reads."""
+        return {
+            name: {
+                "bias": curve["bias"],
+                "weights": dict(zip(FEATURES, curve["weights"], strict=True)),
+                "precision": [list(pair) for pair in curve["precision"]],
+            }
+            for name, curve in asdict(self).items()
+        }
+
+
+def _read_curve(entry: Any) -> Curve:
+    weights = tuple(float(entry["weights"][name]) for name in FEATURES)
+    precision = tuple((float(target), float(least)) for target, least in entry["precision"])
+    numbers = [float(entry["bias"]), *weights, *(value for pair in precision for value in pair)]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("not all numbers are finite")
+    if not precision or list(precision) != sorted(precision):
+        raise ValueError("precision should be pairs that rise")
+    return Curve(float(entry["bias"]), weights, precision)
+
+
+def expected_calibration_error(
+    confidence: NDArray[np.float64], true: NDArray[np.bool_], bins: int = 10
+) -> float:
+    """How far confidence and frequency lie apart: mean over all answers; NaN without any.
+
+    Answers are sorted into ``bins`` of equal width by confidence; of each bin the share of true
+    answers is compared with the mean confidence.
+    """
+    if not len(confidence):
+        return math.nan
+    number = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(float(confidence[number == i].sum() - true[number == i].sum())) for i in range(bins)
+    ]
+    return sum(gaps) / len(confidence)

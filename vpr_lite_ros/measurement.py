@@ -1,0 +1,310 @@
+"""How well a model finds places: by its descriptors, by matching, and the detector as a whole.
+
+What the figures mean is in ``evaluation.py``. *Queries* are the frames that have an eligible true
+match: Recall@K is over these. The precision-recall curves are over all frames that were looked up,
+because on a drive most frames show a new place and a match for one of these is a false loop;
+their recall counts the queries, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpr_lite_ros.benchmarks import Benchmark, read_frames
+from vpr_lite_ros.calibration import expected_calibration_error
+from vpr_lite_ros.config import Config
+from vpr_lite_ros.database import Keyframe, KeyframeDatabase
+from vpr_lite_ros.detector import Candidate, LoopDetector, are_neighbours, sureness
+from vpr_lite_ros.evaluation import Booleans, GroundTruth, precision_recall, recall_at
+from vpr_lite_ros.image import fit
+from vpr_lite_ros.inference import PlaceModel
+from vpr_lite_ros.progress import progress
+from vpr_lite_ros.summary import Record, write_json
+
+RECALL_KS = (1, 5, 10)
+OPEN: dict[str, Any] = {
+    "similarity_threshold": -1.0,
+    "match_threshold": 0.0,
+    "min_matches": 0,
+    "min_inliers": 0,
+    "target_precision": 0.0,
+}
+"""Parameters with which every candidate passes every check, so that its scores are known."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found for one frame."""
+
+    frame: int
+    matches: list[int]
+    """Frame numbers, best first; empty if nothing was eligible."""
+    score: float
+    """How sure the first match is; NaN without matches."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for one frame, and what matching says of it."""
+
+    answer: Answer
+    """In the order of retrieval; the score is the first one's similarity."""
+    candidates: list[Candidate]
+    """The first of these, examined."""
+
+    def reranked(self) -> Answer:
+        """The same, those that were examined by falling sureness; the rest stay behind."""
+        scores = [sureness(candidate)[0] for candidate in self.candidates]
+        return reorder(self.answer, scores)
+
+
+def evaluate(
+    benchmark: Benchmark,
+    model: PlaceModel,
+    *,
+    min_time_gap_s: float = 30.0,
+    rerank: int = 0,
+    min_agreeing: int = 3,
+) -> Record:
+    """Look everything up and measure how good the answers are.
+
+    Parameters
+    ----------
+    min_time_gap_s
+        In one sequence, a frame is looked up among frames at least this much older.
+    rerank
+        This many candidates of each frame are also matched and put in the order of their
+        confidence (or match score, if the model is not calibrated). 0: none, which is much faster.
+    min_agreeing
+        With ``rerank``: keyframes in a row that must point to one stretch of the map before the
+        detector would say so; every frame is a keyframe.
+
+    Returns
+    -------
+    dict
+        ``queries``, ``looked_up`` and ``database`` (numbers of frames), ``query_sequence`` and
+        ``database_sequence`` (names of folders), ``tolerance``, ``tolerance_unit``, ``true_if``,
+        ``min_time_gap_s`` (None with two sequences), ``model_id``, ``backend``, and ``global``
+        and, if asked for, ``reranked``: each ``recall_at_1``, ``recall_at_5``, ``recall_at_10``,
+        ``auc``, ``recall_at_100_precision`` (NaN without queries); ``reranked`` also
+        ``candidates``, the value of ``rerank``, and there are
+        ``detector_recall_at_100_precision``, ``epipolar_check`` (whether a camera was known for
+        it) and ``expected_calibration_error`` (NaN if the model is not calibrated).
+
+    Raises
+    ------
+    BenchmarkError
+        If an image cannot be read: the figures would be those of another set of images.
+    """
+    could = benchmark.findable(min_time_gap_s)
+    found = list(look_up(benchmark, model, min_time_gap_s=min_time_gap_s, examine=rerank))
+    retrieved = [one.answer for one in found]
+    report: Record = {
+        "dataset": benchmark.name,
+        "queries": int(could.sum()),
+        "looked_up": sum(bool(answer.matches) for answer in retrieved),
+        "database": len(benchmark.sources[0]),
+        "query_sequence": benchmark.queries.path.resolve().name,
+        "database_sequence": benchmark.sources[0].path.resolve().name,
+        "tolerance": benchmark.tolerance,
+        "tolerance_unit": benchmark.tolerance_unit,
+        "true_if": benchmark.truth.definition,
+        "min_time_gap_s": min_time_gap_s if benchmark.database is None else None,
+        "model_id": model.bundle.model_id,
+        "backend": model.backend,
+        "global": measure(retrieved, benchmark.truth, could),
+    }
+    if rerank:
+        reranked = [one.reranked() for one in found]
+        figures = measure(reranked, benchmark.truth, could)
+        report["reranked"] = {"candidates": rerank, **figures}
+        detected = measure(agreed(found, min_agreeing), benchmark.truth, could)
+        report["detector_recall_at_100_precision"] = detected["recall_at_100_precision"]
+        report["epipolar_check"] = benchmark.camera is not None
+        report["expected_calibration_error"] = _calibration_error(found, benchmark.truth)
+    return report
+
+
+def _calibration_error(found: Sequence[Found], truth: GroundTruth) -> float:
+    """Of each frame's surest candidate; NaN if the model is not calibrated."""
+    best = [(one.reranked(), max(one.candidates, key=sureness)) for one in found if one.candidates]
+    confidence = np.array([candidate.confidence for _, candidate in best])
+    if np.isnan(confidence).any():
+        return math.nan
+    true = [truth.same_place(answer.frame, np.array(answer.matches[:1]))[0] for answer, _ in best]
+    return expected_calibration_error(confidence, np.array(true, np.bool_))
+
+
+def measure(answers: Sequence[Answer], truth: GroundTruth, could: Booleans) -> dict[str, float]:
+    """The figures of one ranking.
+
+    Parameters
+    ----------
+    answers
+        One for each frame that was looked up, with or without matches.
+    could
+        (len(answers),) which of these frames have an eligible true match.
+    """
+    ranks = [
+        truth.same_place(answer.frame, np.array(answer.matches, np.int64)) for answer in answers
+    ]
+    recall = recall_at([rank for rank, can in zip(ranks, could, strict=True) if can], RECALL_KS)
+    first = [
+        (answer.score, bool(rank[0]))
+        for answer, rank in zip(answers, ranks, strict=True)
+        if len(rank)
+    ]
+    curve = precision_recall(
+        np.array([score for score, _ in first]),
+        np.array([true for _, true in first], np.bool_),
+        int(could.sum()),
+    )
+    return {
+        **{f"recall_at_{k}": value for k, value in recall.items()},
+        "auc": curve.auc,
+        "recall_at_100_precision": curve.recall_at_100_precision,
+    }
+
+
+def look_up(
+    benchmark: Benchmark, model: PlaceModel, *, min_time_gap_s: float, examine: int
+) -> Iterator[Found]:
+    """What is found for each frame that is looked up, in their order.
+
+    Parameters
+    ----------
+    examine
+        This many candidates of each frame are matched, too, and their geometry is checked if
+        the benchmark names a camera.
+    """
+    bundle, first = model.bundle, benchmark.first_query
+    gap_ns = benchmark.gap_ns(min_time_gap_s)
+    keyframes = KeyframeDatabase(
+        "",  # a temporary file: tokens of a long sequence do not fit into memory
+        model_id=bundle.model_id,
+        dimension=bundle.dimension,
+        # Where nothing is matched no tokens are stored: those of Tokyo 24/7 would take 30 GB.
+        max_patches=bundle.max_patches if examine else 0,
+        session=benchmark.name,
+    )
+    config = Config(top_k=max(examine, 1), min_time_gap_s=gap_ns / 1e9, **OPEN)
+    detector = LoopDetector(config, model, keyframes)
+    frames = itertools.chain.from_iterable(map(read_frames, benchmark.sources))
+    total = sum(map(len, benchmark.sources))
+    number_of: dict[int, int] = {}  # frame number by id of the keyframe
+    with closing(keyframes):
+        for number, frame in enumerate(progress(frames, total, "frame", benchmark.name)):
+            description = model.describe(fit(frame.image, bundle.image_size))
+            if number >= first:
+                depth = max(*RECALL_KS, examine)
+                found = keyframes.search(description.descriptor, depth, frame.stamp_ns, gap_ns)
+                numbers = [number_of[keyframe_id] for keyframe_id, _ in found]
+                answer = Answer(number, numbers, found[0][1] if found else math.nan)
+                candidates = (
+                    detector.examine(description, frame.stamp_ns, benchmark.camera)
+                    if examine
+                    else []
+                )
+                yield Found(answer, candidates)
+            if benchmark.database is None or number < first:
+                if not examine:
+                    description = replace(description, tokens=description.tokens[:0].copy())
+                keyframe_id = keyframes.add(frame.stamp_ns, description, camera=benchmark.camera)
+                number_of[keyframe_id] = number
+
+
+def agreed(found: Sequence[Found], min_agreeing: int) -> list[Answer]:
+    """What the detector would answer, and how strict it may be and still do so.
+
+    A closure needs ``min_agreeing`` keyframes in a row that point to one stretch of the map, so
+    it is as sure as the least sure link of such a chain.
+    """
+    answers = []
+    before: list[tuple[Keyframe, list[float]]] = []
+    for one in found:
+        chains = []
+        for candidate in one.candidates:
+            sure = sureness(candidate)[0]
+            near = [links for other, links in before if are_neighbours(other, candidate.keyframe)]
+            links = [sure]
+            for length in range(1, min_agreeing):
+                longest = max((chain[length - 1] for chain in near), default=-math.inf)
+                links.append(min(sure, longest))
+            chains.append((candidate.keyframe, links))
+        before = chains
+        scores = [links[-1] for _, links in chains]
+        best = int(np.argmax(scores)) if scores else 0
+        if scores and math.isfinite(scores[best]):
+            answers.append(Answer(one.answer.frame, [one.answer.matches[best]], scores[best]))
+        else:
+            answers.append(Answer(one.answer.frame, [], math.nan))
+    return answers
+
+
+def reorder(answer: Answer, scores: Sequence[float]) -> Answer:
+    """``answer`` with its first ``len(scores)`` matches by falling score; the rest stay behind."""
+    count = len(scores)
+    # A stable sort: equal scores keep the order of retrieval.
+    order = sorted(range(count), key=lambda rank: -scores[rank])
+    matches = [answer.matches[rank] for rank in order] + answer.matches[count:]
+    return Answer(answer.frame, matches, max(scores, default=math.nan))
+
+
+def evaluate_all(
+    benchmarks: Sequence[Benchmark],
+    model: PlaceModel,
+    output: Path,
+    *,
+    min_time_gap_s: float = 30.0,
+    rerank: int = 0,
+    min_agreeing: int = 3,
+) -> Iterator[tuple[Record, Path]]:
+    """Evaluate one after the other; each report is in ``output/<name>.json`` when it is yielded."""
+    for benchmark in benchmarks:
+        report = evaluate(
+            benchmark,
+            model,
+            min_time_gap_s=min_time_gap_s,
+            rerank=rerank,
+            min_agreeing=min_agreeing,
+        )
+        path = output / f"{benchmark.name}.json"
+        write_json(path, report)
+        yield report, path
+
+
+def describe(report: Record) -> str:
+    """A report for people: what was asked, and a table of the figures."""
+    gap = report["min_time_gap_s"]
+    lines = [
+        f"{report['dataset']}: {report['queries']} queries with a true match, "
+        f"{report['looked_up']} frames of {report['query_sequence']} looked up among "
+        f"{report['database']} of {report['database_sequence']}",
+        f"  true: {report['true_if']}" + (f", at least {gap:g} s before" if gap else "")
+        + f"; model {report['model_id']} on {report['backend']}",
+    ]  # fmt: skip
+    if not report["queries"]:
+        return "\n".join([*lines, "  no frame has a true match: there is nothing to recall"])
+    lines.append(f"  {'':10}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'PR AUC':>8}{'R@100%P':>9}")
+    for name in ("global", "reranked"):
+        if name in report:
+            figures = report[name]
+            recalls = "".join(f"{figures[f'recall_at_{k}']:8.3f}" for k in RECALL_KS)
+            rest = f"{figures['auc']:8.3f}{figures['recall_at_100_precision']:9.3f}"
+            lines.append(f"  {name:10}{recalls}{rest}")
+    if "reranked" in report:
+        error = report["expected_calibration_error"]
+        lines.append(
+            f"  detector, {'with' if report['epipolar_check'] else 'without'} epipolar check: "
+            f"recall at 100% precision {report['detector_recall_at_100_precision']:.3f}; "
+            + ("not calibrated" if math.isnan(error) else f"calibration error {error:.3f}")
+        )
+    return "\n".join(lines)
