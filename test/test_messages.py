@@ -102,6 +102,18 @@ def test_a_turn_to_the_left_is_positive_about_z_of_the_body() -> None:
     assert first.confidence == pytest.approx(0.8)
 
 
+def test_the_very_same_spot_has_no_direction() -> None:
+    fit = EpipolarFit(
+        np.array([True]), rotation_about(np.array([0.0, -1.0, 0.0]), 0.4), np.zeros(3)
+    )
+    candidate = make_candidate(2, fit, Status.ACCEPTED)
+    (message,) = convert(Decision(1, 7, [candidate], candidate))
+    assert message.pose_type == LoopClosure.POSE_ROTATION
+    turn, position = message.relative_pose.pose.orientation, message.relative_pose.pose.position
+    assert 2 * math.atan2(turn.z, turn.w) == pytest.approx(0.4)
+    assert (position.x, position.y, position.z) == (0, 0, 0)
+
+
 def test_no_candidate_is_said() -> None:
     (message,) = convert(Decision(1, 1))
     assert math.isnan(message.confidence)

@@ -144,7 +144,7 @@ def test_loop_closure_has_the_fields_that_back_ends_rely_on() -> None:
 def test_loop_closure_constants() -> None:
     from vpr_lite_ros.msg import LoopClosure
 
-    pose_types = ("NONE", "ROTATION_AND_DIRECTION", "METRIC")
+    pose_types = ("NONE", "ROTATION_AND_DIRECTION", "METRIC", "ROTATION")
     statuses = (
         "ACCEPTED",
         "LOW_SIMILARITY",
@@ -157,7 +157,7 @@ def test_loop_closure_constants() -> None:
         "LOW_CONFIDENCE",
         "NO_CANDIDATE",
     )
-    assert [getattr(LoopClosure, f"POSE_{name}") for name in pose_types] == [0, 1, 2]
+    assert [getattr(LoopClosure, f"POSE_{name}") for name in pose_types] == [0, 1, 2, 3]
     assert [getattr(LoopClosure, f"STATUS_{name}") for name in statuses] == list(range(10))
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 MIN_SHARE = 0.1
 """Least share of a patch's mass that must flow to its partner for the two to be a match."""
+_NO_PARALLAX = 0.9
+"""A rotation that explains this share of the matches that the best motion explains is preferred."""
 
 
 class Status(enum.IntEnum):
@@ -111,7 +113,8 @@ class EpipolarFit:
     rotation: NDArray[np.float64]
     """(3, 3) of the candidate's camera in the query's camera frame (optical)."""
     direction: NDArray[np.float64]
-    """(3,) unit vector to the candidate's camera in the query's; its length is not known."""
+    """(3,) unit vector to the candidate's camera in the query's, its length is not known; zeros
+    where a rotation alone explains the matches: the way between is short beside what is seen."""
 
 
 def mutual_matches(assignment: NDArray[np.float32], min_share: float = MIN_SHARE) -> Matches:
@@ -129,6 +132,9 @@ def fit_epipolar(
 ) -> EpipolarFit | None:
     """The camera motion that most matches agree with, or None if there is none.
 
+    A robot that comes back to the very same spot moves nothing in the picture, or turns it as a
+    whole: then any direction of motion would do, and a rotation alone is what is found.
+
     Parameters
     ----------
     query_rays, candidate_rays
@@ -138,25 +144,79 @@ def fit_epipolar(
     """
     if len(query_rays) < 5:
         return None
+    turn = _fit_rotation(query_rays, candidate_rays, tolerance)
+    motion = _fit_motion(query_rays, candidate_rays, tolerance)
+    if turn is None or motion is None:
+        return motion or turn
+    # A motion has two numbers more to adapt to noise.
+    enough = _NO_PARALLAX * np.count_nonzero(motion.inliers)
+    return turn if np.count_nonzero(turn.inliers) >= enough else motion
+
+
+def _fit_rotation(
+    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+) -> EpipolarFit | None:
+    found, _ = cv2.findHomography(
+        candidate_rays, query_rays, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
+    )
+    if found is None or not np.isfinite(found).all():
+        return None
+    left, _, right = np.linalg.svd(found)
+    rotation = left @ right * np.sign(np.linalg.det(left @ right))
+    return EpipolarFit(
+        _turned_only(rotation, query_rays, candidate_rays, tolerance), rotation, np.zeros(3)
+    )
+
+
+def _fit_motion(
+    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+) -> EpipolarFit | None:
     # Graph-cut RANSAC, its samples drawn from a generator with a fixed start: same input, same
     # result. With 2 pixels of noise and a third of the matches wrong it keeps 99.7 to 100% of the
     # right ones, depending on the motion; MAGSAC kept 92 to 99% in twice the time.
     essential, _ = cv2.findEssentialMat(
         candidate_rays, query_rays, np.eye(3), cv2.USAC_ACCURATE, 0.999, tolerance / 2, 1000
     )
-    if essential is None or essential.shape != (3, 3):
+    if essential is None or essential.shape != (3, 3) or not np.isfinite(essential).all():
         return None
-    inliers = epipolar_distance(essential, candidate_rays, query_rays) <= tolerance
-    # recoverPose counts only points in front of both cameras, nearer than a great distance.
-    _, rotation, direction, mask, _ = cv2.recoverPose(
-        essential,
-        candidate_rays,
-        query_rays,
-        np.eye(3),
-        distanceThresh=1e9,
-        mask=inliers.astype(np.uint8)[:, None] * 255,
-    )
-    return EpipolarFit(mask.ravel() > 0, rotation, direction.ravel())
+    near = epipolar_distance(essential, candidate_rays, query_rays) <= tolerance
+    first, second, direction = cv2.decomposeEssentialMat(essential)
+    fits = []
+    for rotation in (first, second):
+        # What is far away does not move; noise then puts it behind the cameras half of the time.
+        far = _turned_only(rotation, query_rays, candidate_rays, tolerance)
+        for towards in (direction.ravel(), -direction.ravel()):
+            before = _in_front(rotation, towards, query_rays, candidate_rays)
+            fits.append(EpipolarFit(near & (before | far), rotation, towards))
+    return max(fits, key=lambda fit: np.count_nonzero(fit.inliers))
+
+
+def _turned_only(
+    rotation: NDArray[np.float64],
+    query_rays: NDArray[np.float64],
+    candidate_rays: NDArray[np.float64],
+    tolerance: float,
+) -> NDArray[np.bool_]:
+    """(M,) whether a match is where the rotation alone puts it, as the horizon is."""
+    turned = _homogeneous(candidate_rays) @ rotation.T
+    depth = turned[:, 2:]
+    offset = turned[:, :2] / np.maximum(depth, 1e-6) - query_rays
+    near = np.linalg.norm(offset, axis=1) <= tolerance
+    return np.asarray(near & (depth[:, 0] > 0))
+
+
+def _in_front(
+    rotation: NDArray[np.float64],
+    direction: NDArray[np.float64],
+    query_rays: NDArray[np.float64],
+    candidate_rays: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """(M,) whether the rays of a match come closest to each other before both cameras."""
+    a, b = _homogeneous(candidate_rays) @ rotation.T, _homogeneous(query_rays)
+    aa, ab, bb = (np.sum(one * other, axis=1) for one, other in ((a, a), (a, b), (b, b)))
+    at, bt = a @ direction, b @ direction
+    # Depths d and e that make |d a + t - e b| least, both times the same positive number.
+    return np.asarray((ab * bt - bb * at > 0) & (aa * bt - ab * at > 0))
 
 
 def count_planar(
@@ -181,9 +241,13 @@ def epipolar_distance(
     essential: NDArray[np.float64], from_rays: NDArray[np.float64], to_rays: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """(M,) Sampson distance of matched rays (M, 2) to their epipolar lines."""
-    x0 = np.concatenate([from_rays, np.ones((len(from_rays), 1))], axis=1)
-    x1 = np.concatenate([to_rays, np.ones((len(to_rays), 1))], axis=1)
+    x0, x1 = _homogeneous(from_rays), _homogeneous(to_rays)
     line1, line0 = x0 @ essential.T, x1 @ essential
     error = np.abs(np.sum(x1 * line1, axis=1))
     slope = np.sqrt((line1[:, :2] ** 2).sum(axis=1) + (line0[:, :2] ** 2).sum(axis=1))
     return np.asarray(error / np.maximum(slope, 1e-12))
+
+
+def _homogeneous(rays: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(M, 3): with a third coordinate of 1."""
+    return np.concatenate([rays, np.ones((len(rays), 1))], axis=1)

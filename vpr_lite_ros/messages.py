@@ -120,10 +120,13 @@ def _of_candidate(
         model_id=common.model_id,
         latency_ms=common.latency_ms,
     )
-    if candidate.fit is not None:
-        message.pose_type = LoopClosure.POSE_ROTATION_AND_DIRECTION
-        rotation = optical_in_body @ candidate.fit.rotation @ optical_in_body.T
-        message.relative_pose = _pose_of(rotation, optical_in_body @ candidate.fit.direction)
+    if (fit := candidate.fit) is not None:
+        moved = fit.direction.any()
+        message.pose_type = (
+            LoopClosure.POSE_ROTATION_AND_DIRECTION if moved else LoopClosure.POSE_ROTATION
+        )
+        rotation = optical_in_body @ fit.rotation @ optical_in_body.T
+        message.relative_pose = _pose_of(rotation, optical_in_body @ fit.direction)
     return message
 
 
@@ -135,7 +138,7 @@ def _unknown_pose() -> PoseWithCovariance:
 
 
 def _pose_of(rotation: NDArray[np.float64], direction: NDArray[np.float64]) -> PoseWithCovariance:
-    """Rotation and a unit vector; its length is not known, so neither is the translation."""
+    """Rotation and a unit vector (or 0); its length is not known, so neither is the translation."""
     pose = PoseWithCovariance()
     x, y, z = (float(value) for value in direction)
     pose.pose.position = Point(x=x, y=y, z=z)
