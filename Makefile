@@ -33,7 +33,7 @@ demo: build  ## the node on a drive, end to end
 	@$(ENV) && vpr-lite demo --output build/demo $(if $(BAG),--bag '$(BAG)') $(ARGS)
 
 eval: eval-data build  ## recall and precision of the model, set by set
-	@$(ENV) && vpr-lite evaluate '$(DATA)' --output build/eval $(ARGS)
+	@$(ENV) && vpr-lite evaluate '$(DATA)' --rerank 10 --output build/eval $(ARGS)
 
 # Before the build, which takes a minute.
 eval-data:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,10 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
-from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks
+from vpr_lite_ros.benchmarks import Benchmark, ListedImages, find_benchmarks
 from vpr_lite_ros.calibration import (
     FEATURES,
     Calibration,
-    CalibrationError,
     Curve,
     expected_calibration_error,
     features,
@@ -28,9 +29,10 @@ from vpr_lite_ros.calibration import (
 from vpr_lite_ros.cli import main
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector, sureness
-from vpr_lite_ros.inference import PlaceModel, open_model
-from vpr_lite_ros.matching import Status
+from vpr_lite_ros.detector import Candidate, LoopDetector, features_of, sureness
+from vpr_lite_ros.evaluation import PairTruth
+from vpr_lite_ros.inference import CARD, BundleError, PlaceModel, open_model
+from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.measurement import OPEN, Answer, Found, agreed, evaluate
 
 Image = NDArray[np.uint8]
@@ -78,15 +80,24 @@ def test_a_card_gives_back_what_it_was_given() -> None:
         lambda entry: entry["with_camera"].update(bias=math.nan),
         lambda entry: entry["with_camera"].update(bias="much"),
         lambda entry: entry["with_camera"].update(precision=[]),
-        lambda entry: entry["with_camera"].update(precision=[[0.9, 0.5], [0.99, 0.4], [0.5, 1]]),
+        lambda entry: entry["with_camera"].update(precision=[[0.9, 0.5], [0.99, 0.4]]),
+        lambda entry: entry["with_camera"].update(precision=[[0.9, 0.5], [0.5, 0.6]]),
         lambda entry: entry.update(with_camera=3),
     ],
 )
 def test_a_garbled_calibration_is_refused(garble: Callable[[dict[str, Any]], Any]) -> None:
     entry = copy.deepcopy(Calibration(CURVE, PLAIN).to_card())
     garble(entry)
-    with pytest.raises(CalibrationError, match="vpr-lite calibrate"):
+    with pytest.raises((KeyError, TypeError, ValueError)):
         Calibration.from_card({"calibration": entry})
+
+
+def test_a_bundle_with_a_garbled_calibration_is_refused(own_model: PlaceModel) -> None:
+    card = own_model.bundle.path / CARD
+    content = yaml.safe_load(card.read_text())
+    card.write_text(yaml.safe_dump(content | {"calibration": {"with_camera": "yes"}}))
+    with pytest.raises(BundleError, match=r"model\.yaml: the entry calibration is garbled"):
+        open_model(own_model.bundle.path)
 
 
 def test_calibration_error_by_hand() -> None:
@@ -114,16 +125,16 @@ def calibrated(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[...,
     )
 
     def make(curve: Curve, **values: object) -> LoopDetector:
-        bundle.card["calibration"] = Calibration(CURVE, curve).to_card()
+        known = replace(bundle, calibration=Calibration(CURVE, curve))
+        model = PlaceModel(known, tiny_model._place, tiny_model._match)
         still: dict[str, object] = {
             "min_time_gap_s": 0.0,
             "min_agreeing_keyframes": 1,
             "keyframe.max_similarity": 1.0,
         }
-        return LoopDetector(make_config({**OPEN, **still, **values}), tiny_model, database)
+        return LoopDetector(make_config({**OPEN, **still, **values}), model, database)
 
     yield make
-    bundle.card.pop("calibration", None)
     database.close()
 
 
@@ -158,6 +169,24 @@ def test_the_surest_candidate_wins_not_the_best_score(
     first, second = (one.query(mixed).closure for one in (by_similarity, upside_down))
     assert first is not None and second is not None
     assert (first.keyframe.id, second.keyframe.id) == (1, 2)
+
+
+def test_matches_agree_with_a_camera_or_else_with_a_plane(
+    calibrated: Callable[..., LoopDetector], make_picture: MakePicture
+) -> None:
+    camera = Camera(160, 128, (120.0, 0, 80, 0, 120, 64, 0, 0, 1))
+    for known in (camera, None):
+        detector = calibrated(PLAIN)
+        detector.process(make_picture(1), 10**9, camera=known)
+        decision = detector.query(make_picture(1), top_k=1, camera=known)
+        (candidate,) = decision.candidates
+        # The same picture: all matches stay where they are, and that fits both.
+        assert candidate.num_matches >= 10
+        assert candidate.agreement == candidate.num_matches
+        assert candidate.num_inliers == (candidate.agreement if known else 0)
+        curve = CURVE if known else PLAIN
+        assert candidate.confidence == curve.confidence(features_of(candidate))
+        detector.database.reset()
 
 
 def test_without_calibration_the_match_score_ranks() -> None:
@@ -208,6 +237,35 @@ def test_a_closure_is_as_sure_as_its_chain() -> None:
 # Fitting it
 
 
+def test_the_precision_table_by_hand() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.training.calibrate import TARGETS, _precision_table
+
+    confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    table = dict(_precision_table(confidence, np.array([True, True, False, True, True])))
+    # All five: 0.8; the first two: 1.0.
+    assert table == {target: 0.5 if target <= 0.8 else 0.8 for target in TARGETS}
+    # The surest is false: nothing reaches more than what all of them reach.
+    table = dict(_precision_table(confidence, np.array([False, True, True, True, True])))
+    assert table == {target: 0.5 if target <= 0.8 else 1.0 for target in TARGETS}
+
+
+def test_precision_is_that_of_closures_that_agree() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.training.calibrate import Cases
+
+    frames = [found(50, (10, 0.0)), found(51, (11, 0.0), (90, 0.0)), found(52, (12, 0.0))]
+    truth = PairTruth([(50, 10), (51, 11), (52, 12)])
+    images = ListedImages(Path(), [])
+    benchmark = Benchmark("three", images, None, truth, 0, "frames")
+    nothing = np.zeros(4)
+    cases = Cases(benchmark, frames, nothing[:, None], nothing.astype(np.int64), nothing > 0)
+    confidence = np.array([0.6, 0.8, 0.95, 0.7])
+    # A single one: 90 is surest in its frame, and false. Three in a row lead past it.
+    assert cases.closures(confidence, 1) == ([0.6, 0.95, 0.7], [True, False, True])
+    assert cases.closures(confidence, 3) == ([0.6], [True])
+
+
 @pytest.fixture
 def walks(make_picture: MakePicture, tmp_path: Path) -> list[Benchmark]:
     """Three walks: ten places, then seven of them again in another light and three new ones."""
@@ -239,10 +297,12 @@ def own_model(tiny_model: PlaceModel, tmp_path: Path) -> PlaceModel:
 
 def test_calibrating_a_bundle(own_model: PlaceModel, walks: Sequence[Benchmark]) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.export import amend_card
     from vpr_lite_ros.training.calibrate import calibrate_bundle
 
     before = own_model.bundle.model_id
     picture = own_model.bundle.path / "pictures" / "calibration.png"
+    amend_card(own_model.bundle.path, {"thresholds": {"match": 0.9, "measured_on": "others"}})
     text = calibrate_bundle(
         own_model, walks, top_k=5, min_time_gap_s=8.0, min_agreeing=1, picture=picture
     )
@@ -251,7 +311,8 @@ def test_calibrating_a_bundle(own_model: PlaceModel, walks: Sequence[Benchmark])
     model = open_model(own_model.bundle.path)
     assert model.bundle.model_id == before, "stored keyframes can still be used"
     card = model.bundle.card
-    assert card["thresholds"]["inliers"] == 0
+    assert set(card["thresholds"]) == {"similarity", "match", "inliers"}
+    assert card["thresholds"]["inliers"] == 0 and card["thresholds"]["match"] < 0.9
     # No walk has a camera: nothing tells what its motion adds.
     told = card["calibration"]
     assert told["with_camera"] == told["without_camera"]
@@ -302,7 +363,13 @@ def test_what_cannot_be_calibrated_on_is_named(
     (first / "poses.csv").write_text(
         "file,x,y\n" + "".join(f"{number:03}.png,{number * 50},0\n" for number in range(20))
     )
+    assert main(["calibrate", str(first), str(first), "--bundle", bundle]) == 1
+    assert "two sequences are called walk0" in capsys.readouterr().err
     others = [str(walk.queries.path) for walk in walks[1:]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert main(["calibrate", *others, "--bundle", bundle]) == 1
+    assert "cannot be written: copy the bundle" in capsys.readouterr().err
     command = ["calibrate", str(first), *others, "--bundle", bundle, "--min_time_gap_s", "8"]
     assert main(command) == 1
     error = capsys.readouterr().err

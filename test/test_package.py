@@ -51,7 +51,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # `vpr-lite` reaches these only once a subcommand asks for them.
 ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
-    "rclpy": ("cli.py",),
     "vpr_lite_ros.demo": ("cli.py",),
     "vpr_lite_ros.models": ("cli.py",),
     "vpr_lite_ros.training": ("cli.py",),

@@ -23,10 +23,6 @@ _LEAST_SCORE = 1e-3
 """Of match scores below this, the logarithm says nothing more."""
 
 
-class CalibrationError(ValueError):
-    """A calibration that cannot be used; the message says why."""
-
-
 def features(similarity: float, match_score: float, agreement: int) -> list[float]:
     """What the weights of a ``Curve`` are multiplied with.
 
@@ -78,18 +74,12 @@ class Calibration:
 
         Raises
         ------
-        CalibrationError
+        KeyError, TypeError, ValueError
             If it is garbled.
         """
         if (entry := card.get("calibration")) is None:
             return None
-        try:
-            return cls(_read_curve(entry[WITH_CAMERA]), _read_curve(entry[WITHOUT_CAMERA]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"the calibration in the bundle's model.yaml is garbled ({error}): run "
-                "`vpr-lite calibrate` again"
-            ) from error
+        return cls(_read_curve(entry[WITH_CAMERA]), _read_curve(entry[WITHOUT_CAMERA]))
 
     def to_card(self) -> dict[str, Any]:
         """What ``from_card`` reads."""
@@ -109,7 +99,9 @@ def _read_curve(entry: Any) -> Curve:
     numbers = [float(entry["bias"]), *weights, *(value for pair in precision for value in pair)]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("not all numbers are finite")
-    if not precision or list(precision) != sorted(precision):
+    if not precision or any(
+        list(column) != sorted(column) for column in zip(*precision, strict=True)
+    ):
         raise ValueError("precision should be pairs that rise")
     return Curve(float(entry["bias"]), weights, precision)
 

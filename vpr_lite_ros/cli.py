@@ -74,17 +74,15 @@ def replay(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     """Play a drive into the real node over DDS and draw the closures it finds."""
     try:
-        import rclpy  # noqa: F401
+        from vpr_lite_ros.demo import describe_demo, run_demo
     except ImportError as error:
         print(
-            f"vpr-lite: error: the demo runs the ROS 2 node, and rclpy cannot be imported "
+            f"vpr-lite: error: the demo runs the ROS 2 node, which cannot be imported "
             f"({error}). Source a ROS 2 installation, or use `make demo`; "
             "`vpr-lite replay` needs no ROS",
             file=sys.stderr,
         )
         return FAILED
-    from vpr_lite_ros.demo import describe_demo, run_demo
-
     report = run_demo(
         args.output,
         _settings(args),
@@ -135,7 +133,7 @@ def calibrate(args: argparse.Namespace) -> int:
 
     try:
         from vpr_lite_ros.training.calibrate import calibrate_bundle
-        from vpr_lite_ros.training.town import town_benchmark
+        from vpr_lite_ros.training.town import draw_town
     except ImportError as error:
         print(
             f"vpr-lite: error: calibrating needs scikit-learn and more ({error}): "
@@ -144,6 +142,8 @@ def calibrate(args: argparse.Namespace) -> int:
         )
         return FAILED
     settings = config.make_config(_settings(args))
+    bundle = Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE
+    model = open_model(bundle, settings.backend, settings.threads)
     with tempfile.TemporaryDirectory() as drawn:
         benchmarks = [
             benchmark
@@ -152,24 +152,19 @@ def calibrate(args: argparse.Namespace) -> int:
                 dataset, radius_m=args.radius, tolerance=args.tolerance, rate_hz=args.rate
             )
         ]
-        for seed in args.town:
-            benchmarks.append(town_benchmark(seed, Path(drawn) / f"town {seed}", args.radius))
-        model = open_model(
-            Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE,
-            settings.backend,
-            settings.threads,
+        for seed in sorted(set(args.town)):
+            town = draw_town(seed, Path(drawn) / f"town {seed}")
+            benchmarks += find_benchmarks(town, radius_m=args.radius)
+        told = calibrate_bundle(
+            model,
+            benchmarks,
+            top_k=settings.top_k,
+            min_time_gap_s=settings.min_time_gap_s,
+            min_agreeing=settings.min_agreeing_keyframes,
+            picture=args.picture,
         )
-        print(
-            calibrate_bundle(
-                model,
-                benchmarks,
-                top_k=settings.top_k,
-                min_time_gap_s=settings.min_time_gap_s,
-                min_agreeing=settings.min_agreeing_keyframes,
-                picture=args.picture,
-            )
-        )
-    print(f"  model card: {model.bundle.path / CARD}\n  picture: {args.picture}")
+    print(told)
+    print(f"  model card: {bundle / CARD}\n  picture: {args.picture}")
     return OK
 
 
@@ -378,8 +373,9 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("build/eval"), help="folder for <name>.json"
     )
     parser.add_argument(
-        "--rerank", type=_count, default=10, metavar="K",
-        help="also match the first K candidates and put the surest first; 0: do not",
+        "--rerank", type=_count, default=0, metavar="K",
+        help="also match the first K candidates and put the surest first; 0: do not. The patches "
+        "of every image in the database are kept on disk for it, 0.4 MB each",
     )  # fmt: skip
     _add_label_options(parser)
     group = parser.add_argument_group("parameters", "As of the node.")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.calibration import Calibration, features
+from vpr_lite_ros.calibration import features
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase, Pose
 from vpr_lite_ros.image import Image, fit, thumbnail
@@ -97,11 +97,6 @@ class LoopDetector:
         Thresholds; ``nan``, and -1 inliers, are replaced by what the model's bundle recommends.
     model, database
         Both belong to the caller, who closes the database.
-
-    Raises
-    ------
-    CalibrationError
-        If the bundle's calibration is garbled.
     """
 
     def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
@@ -116,7 +111,6 @@ class LoopDetector:
         self.min_inliers = config.min_inliers
         if self.min_inliers < 0:
             self.min_inliers = int(recommended.get("inliers", 0))
-        self.calibration = Calibration.from_card(model.bundle.card)
         self.forget()
 
     def forget(self) -> None:
@@ -208,11 +202,16 @@ class LoopDetector:
         return decision
 
     def examine(
-        self, description: Description, stamp_ns: int, camera: Camera | None = None
+        self,
+        description: Description,
+        found: Sequence[tuple[int, float]],
+        camera: Camera | None = None,
     ) -> list[Candidate]:
-        """The candidates of an image, with what each check says; nothing is accepted or stored."""
-        decision = Decision(stamp_ns)
-        decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
+        """What the checks say of keyframes (id, similarity) that ``database.search`` has found.
+
+        Nothing is accepted or stored.
+        """
+        decision = Decision(0, candidates=self._candidates(found))
         self._verify(description, camera, decision)
         return decision.candidates
 
@@ -244,10 +243,13 @@ class LoopDetector:
         gap_ns = 0 if any_time else round(self.config.min_time_gap_s * 1e9)
         with _timed(decision, "search"):
             found = self.database.search(description.descriptor, top_k, stamp_ns, gap_ns)
-            return [
-                Candidate(self.database.keyframe(keyframe_id), similarity, rank)
-                for rank, (keyframe_id, similarity) in enumerate(found)
-            ]
+            return self._candidates(found)
+
+    def _candidates(self, found: Sequence[tuple[int, float]]) -> list[Candidate]:
+        return [
+            Candidate(self.database.keyframe(keyframe_id), similarity, rank)
+            for rank, (keyframe_id, similarity) in enumerate(found)
+        ]
 
     def _verify(
         self, description: Description, camera: Camera | None, decision: Decision
@@ -298,8 +300,8 @@ class LoopDetector:
             candidate.agreement = count_planar(
                 query_centres * pixels, candidate_centres * pixels, PLANAR_TOLERANCE_PX
             )
-        if self.calibration is not None:
-            curve = self.calibration.curve(camera is not None and known_camera is not None)
+        if (calibration := self.model.bundle.calibration) is not None:
+            curve = calibration.curve(camera is not None and known_camera is not None)
             candidate.confidence = curve.confidence(features_of(candidate))
             if candidate.confidence < curve.threshold(self.config.target_precision):
                 return Status.LOW_CONFIDENCE

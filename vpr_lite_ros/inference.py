@@ -20,6 +20,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from vpr_lite_ros.calibration import Calibration
+
 log = logging.getLogger(__name__)
 
 PLACE_GRAPH = "place.onnx"
@@ -65,6 +67,8 @@ class Bundle:
     """Tokens an image."""
     card: dict[str, Any]
     """All of ``model.yaml``."""
+    calibration: Calibration | None = None
+    """What the scores mean; None if nobody has calibrated the bundle."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,13 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleError(
             f"{card_file} lacks or garbles an entry ({error}): export the model again"
         ) from error
+    try:
+        calibration = Calibration.from_card(card)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{card_file}: the entry calibration is garbled ({error}). Copy the bundle again, or "
+            "remove the entry and run `vpr-lite calibrate`"
+        ) from error
     for graph, wanted in hashes.items():
         try:
             found_hash = hashlib.sha256((path / graph).read_bytes()).hexdigest()
@@ -179,9 +190,9 @@ def load_bundle(path: Path) -> Bundle:
                 f"{found_hash[:12]}…, expected {wanted[:12]}…): copy or export the bundle again"
             )
     digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-    return Bundle(
-        path, name, f"{name}-{digest[:12]}", (width, height), dimension, max_patches, card
-    )
+    model_id = f"{name}-{digest[:12]}"
+    size = (width, height)
+    return Bundle(path, name, model_id, size, dimension, max_patches, card, calibration)
 
 
 class OpenVinoRunner:

@@ -195,8 +195,7 @@ def look_up(
         max_patches=bundle.max_patches if examine else 0,
         session=benchmark.name,
     )
-    config = Config(top_k=max(examine, 1), min_time_gap_s=gap_ns / 1e9, **OPEN)
-    detector = LoopDetector(config, model, keyframes)
+    detector = LoopDetector(Config(**OPEN), model, keyframes)
     frames = itertools.chain.from_iterable(map(read_frames, benchmark.sources))
     total = sum(map(len, benchmark.sources))
     number_of: dict[int, int] = {}  # frame number by id of the keyframe
@@ -208,12 +207,9 @@ def look_up(
                 found = keyframes.search(description.descriptor, depth, frame.stamp_ns, gap_ns)
                 numbers = [number_of[keyframe_id] for keyframe_id, _ in found]
                 answer = Answer(number, numbers, found[0][1] if found else math.nan)
-                candidates = (
-                    detector.examine(description, frame.stamp_ns, benchmark.camera)
-                    if examine
-                    else []
+                yield Found(
+                    answer, detector.examine(description, found[:examine], benchmark.camera)
                 )
-                yield Found(answer, candidates)
             if benchmark.database is None or number < first:
                 if not examine:
                     description = replace(description, tokens=description.tokens[:0].copy())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -31,7 +32,7 @@ from vpr_lite_ros.calibration import (
 )
 from vpr_lite_ros.detector import features_of
 from vpr_lite_ros.export import amend_card
-from vpr_lite_ros.inference import PlaceModel
+from vpr_lite_ros.inference import CARD, PlaceModel
 from vpr_lite_ros.measurement import Found, agreed, look_up
 from vpr_lite_ros.training.errors import TrainingError
 
@@ -117,12 +118,24 @@ def calibrate_bundle(
     Raises
     ------
     TrainingError
-        If there are fewer than two sequences, or one has only true or only false candidates.
+        If there are fewer than two sequences, two have one name, one has only true or only false
+        candidates, or the model card cannot be written.
     """
     if len(benchmarks) < 2:
         raise TrainingError(
             f"calibrating needs two or more labelled sequences, got {len(benchmarks)}: each is "
             "measured with what the others teach"
+        )
+    names = [benchmark.name for benchmark in benchmarks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TrainingError(
+            f"two sequences are called {', '.join(sorted(twice))}: if they are two, rename a "
+            "folder; one that is given twice would be measured with what it taught"
+        )
+    if not os.access(model.bundle.path / CARD, os.W_OK):
+        raise TrainingError(
+            f"{model.bundle.path / CARD} cannot be written: copy the bundle to a folder of your "
+            "own and pass that as --bundle"
         )
 
     def cases_of(chosen: Sequence[Benchmark]) -> list[Cases]:
@@ -157,8 +170,7 @@ def calibrate_bundle(
         "top_k": top_k,
         "min_agreeing_keyframes": min_agreeing,
     }
-    before = model.bundle.card.get("thresholds", {})
-    thresholds = before | {
+    thresholds = {
         "similarity": round(float(similarity) - 5e-4, 3),
         "match": round(math.exp(float(score)) - 5e-5, 4),
         "inliers": 0,
@@ -184,13 +196,7 @@ def _cases(model: PlaceModel, benchmark: Benchmark, *, top_k: int, min_time_gap_
             f"{benchmark.name}: each of its {len(labels)} candidates is {verdict}, so nothing "
             "tells true from false ones. Leave it out, or mend its labels"
         )
-    return Cases(
-        benchmark,
-        found,
-        np.array(values),
-        np.array(frames, np.int64),
-        labels,
-    )
+    return Cases(benchmark, found, np.array(values), np.array(frames, np.int64), labels)
 
 
 def _fit_curve(cases: Sequence[Cases], min_agreeing: int) -> Fitted:
@@ -229,7 +235,7 @@ def _precision_table(
 ) -> tuple[tuple[float, float], ...]:
     """Of each target the least confidence whose closures were right at least as often.
 
-    Where not even the surest answer is, just above it.
+    Where not even the surest is, 1: nothing is accepted.
     """
     order = np.argsort(-confidence, kind="stable")
     precision = np.cumsum(true[order]) / np.arange(1, len(order) + 1)

@@ -105,11 +105,18 @@ class Pairs:
         self.sources: list[tuple[list[PlaceDataset], bool]] = [kind for kind in kinds if kind[0]]
 
     def of_places(
-        self, count: int, rng: np.random.Generator, still: Callable[..., Look]
+        self,
+        count: int,
+        rng: np.random.Generator,
+        of_still: Callable[[bool, np.random.Generator], Look],
     ) -> list[Pair]:
         """Up to ``count`` pairs of places that differ, of one data set or else a few.
 
-        At what a camera that does not move sees, ``still(mirrored, rng)`` looks.
+        Parameters
+        ----------
+        of_still
+            How two images of a camera that does not move are looked at, from ``mirrored`` and a
+            generator. These pairs are not one place: one view may be much closer.
         """
         pairs: list[Pair] = []
         for choice in rng.permutation(len(self.sources)):
@@ -118,9 +125,10 @@ class Pairs:
             dataset = datasets[rng.choice(len(datasets), p=weights)]
             mirrored = bool(rng.random() < 0.5)
             for query, partner in _distinct_places(dataset, count - len(pairs), rng):
-                look = (still if aligned else whole)(mirrored, rng)
+                look = (of_still if aligned else whole)(mirrored, rng)
                 first, second = dataset.queries[query], dataset.database[partner]
-                pairs.append(Pair(first, second, look, aligned, len(pairs), not aligned))
+                one_place = not aligned
+                pairs.append(Pair(first, second, look, aligned, len(pairs), one_place))
         return pairs
 
     def still(self, rng: np.random.Generator) -> tuple[Path, Path]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
 from tqdm import tqdm
 
-from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks
-from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.simulation import simulate_drive
 
 TOWN_STEP = 3
@@ -29,15 +28,7 @@ def draw_town(seed: int, folder: Path) -> Path:
         cv2.imwrite(str(folder / name), cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR))
         rows.append(f"{name},{frame.stamp_ns / 1e9:.3f},{x:.3f},{y:.3f}")
     (folder / "poses.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    camera = Camera(*drive.image_size, tuple(drive.camera_matrix.ravel().tolist()))
-    (folder / "camera.json").write_text(
-        f'{{"width": {camera.width}, "height": {camera.height}, "K": {list(camera.matrix)}}}\n',
-        encoding="utf-8",
-    )
+    width, height = drive.image_size
+    camera = {"width": width, "height": height, "K": drive.camera_matrix.ravel().tolist()}
+    (folder / "camera.json").write_text(json.dumps(camera), encoding="utf-8")
     return folder
-
-
-def town_benchmark(seed: int, folder: Path, radius_m: float) -> Benchmark:
-    """The same as a benchmark: true is what was taken within ``radius_m``."""
-    (benchmark,) = find_benchmarks(draw_town(seed, folder), radius_m=radius_m)
-    return benchmark

@@ -8,9 +8,10 @@ Two losses, both InfoNCE over all of a batch:
 
 What teaches most is what looks alike and is not the same. Half of a batch are places of one data
 set; half of these times they follow each other as closely as they may, as frames of a drive
-do. The other half are single images, each taken for two places: here, and some steps ahead,
-where all is larger. A robot that stands beside its old track is at the same place; one that
-stands before it is not, and a map wants to know.
+do. The other half are single images. Two of three pairs take one for two places: here, and some
+steps ahead, where what is near is larger; both are seen again from beside. A robot that stands
+beside its old track is at the same place; one that stands before it is not, and a map wants to
+know. The third pair is for the local loss alone: one view may be 40% closer.
 """
 
 from __future__ import annotations
