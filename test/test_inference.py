@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import subprocess
@@ -176,6 +177,33 @@ def test_backends_match_as_torch_does(
     assert agree.mean() >= 0.9
 
 
+def test_attention_is_exported_once_it_is_trained(
+    tiny_networks: Networks, tiny_bundle: Path, make_picture: MakePicture, tmp_path: Path
+) -> None:
+    place, match = copy.deepcopy(tiny_networks)
+    for last in (place.self_attention.residual.out, match.cross.residual.out):
+        torch.nn.init.normal_(last.weight, 0, 0.02)
+    trained = export_bundle(place, match, {}, tmp_path / "trained", name="trained")
+
+    def softmaxes(bundle: Path) -> list[int]:
+        graphs = [onnx.load(bundle / graph).graph for graph in ("place.onnx", "match.onnx")]
+        return [sum(node.op_type == "Softmax" for node in graph.node) for graph in graphs]
+
+    # The shares of NetVLAD; one more of self-attention; both directions of cross-attention.
+    assert (softmaxes(tiny_bundle), softmaxes(trained)) == ([1, 0], [2, 2])
+    picture, other = make_picture(0), (make_picture(0) * 0.7).astype(np.uint8)
+    query, candidate = (_describe_in_torch(place, image) for image in (picture, other))
+    model = open_model(trained, "onnxruntime", threads=2)
+    _assert_same(query, model.describe(picture), SMALLEST_COSINE["onnxruntime"])
+    with torch.no_grad():
+        tokens = [
+            torch.from_numpy(one.tokens[None].astype(np.float32)) for one in (query, candidate)
+        ]
+        wanted, _ = match(*tokens)
+    scores, _ = model.match(query.tokens, candidate.tokens[None])
+    assert scores == pytest.approx(wanted.numpy(), abs=1e-3)
+
+
 def test_results_belong_to_the_caller(model: PlaceModel, make_picture: MakePicture) -> None:
     first = model.describe(make_picture(1))
     before: list[NDArray[Any]] = [first.descriptor, first.tokens, first.centres]
@@ -336,7 +364,7 @@ def test_the_id_changes_with_a_graph_and_with_no_remark(
     _edit_card(bundle_copy, notes="another date, another place")
     assert load_bundle(bundle_copy).model_id == before
 
-    path = bundle_copy / "match.onnx"
+    path = bundle_copy / "place.onnx"
     graph = onnx.load(path)
     weight = next(t for t in graph.graph.initializer if len(t.dims) == 2)
     values = numpy_helper.to_array(weight).copy()
@@ -344,7 +372,7 @@ def test_the_id_changes_with_a_graph_and_with_no_remark(
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     onnx.save(graph, path)
     hashes = dict(load_bundle(tiny_bundle).card["sha256"])
-    hashes["match.onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashes["place.onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
     _edit_card(bundle_copy, sha256=hashes)
     assert load_bundle(bundle_copy).model_id != before
 

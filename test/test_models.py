@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpr_lite_ros.models.matcher import PairMatcher, SelfAttention, log_sinkhorn
+from vpr_lite_ros.models.matcher import (
+    PairMatcher,
+    SelfAttention,
+    log_sinkhorn,
+    sinkhorn,
+    without_idle_parts,
+)
 from vpr_lite_ros.models.netvlad import NetVLAD, patch_cells, patch_grid
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
@@ -294,6 +300,42 @@ def test_sinkhorn_survives_scores_that_overflow_outside_log_space() -> None:
     plan = log_sinkhorn(torch.randn(1, 10, 10) * 300, torch.tensor(-100.0), 20).exp()
     assert torch.isfinite(plan).all()
     assert torch.allclose(plan.sum(dim=1)[:, :-1], torch.ones(1, 10), atol=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(20, 20), (9, 14), (1, 30)])
+@pytest.mark.parametrize("spread", [0.1, 5.0, 40.0])
+def test_sinkhorn_without_logarithms_is_the_same(rows: int, columns: int, spread: float) -> None:
+    scores = (torch.randn(3, rows, columns) * spread).clamp(max=70)
+    dustbin = torch.tensor(12.0)
+    logarithmic = log_sinkhorn(scores, dustbin, 20).exp()[:, :-1, :-1]
+    assert torch.allclose(sinkhorn(scores, dustbin, 20), logarithmic, atol=2e-5)
+
+
+def test_sinkhorn_stays_finite_whatever_the_scores() -> None:
+    for value in (-1e4, 1e4):
+        plan = sinkhorn(torch.full((1, 300, 300), value), torch.tensor(0.0), 20)
+        assert torch.isfinite(plan).all()
+        assert (plan >= 0).all() and (plan.sum(dim=2) <= 1 + 1e-3).all()
+        assert (plan.sum() > 290) == (value > 0)
+
+
+def test_what_is_untrained_is_left_out_and_nothing_else() -> None:
+    query, candidates = _random_tokens(1, 10), _random_tokens(4, 12)
+    match, attention = PairMatcher(DIMENSION).eval(), SelfAttention(DIMENSION).eval()
+    lean = without_idle_parts(match)
+    assert lean.cross.skipped and isinstance(lean.project, nn.Identity)
+    assert without_idle_parts(attention).skipped
+    assert not match.cross.skipped and isinstance(match.project, nn.Linear), "it is a copy"
+    with torch.no_grad():
+        for full, without in zip(match(query, candidates), lean(query, candidates), strict=True):
+            assert torch.allclose(full, without, atol=1e-5)
+        match.cross.residual.out.bias[3] = 1e-3
+        for layer in (attention.position.layers[-1], match.project):
+            assert isinstance(layer, nn.Linear)
+            layer.bias[3] = 1e-3
+    trained = without_idle_parts(match)
+    assert not trained.cross.skipped and isinstance(trained.project, nn.Linear)
+    assert not without_idle_parts(attention).skipped
 
 
 def test_sinkhorn_follows_a_permutation() -> None:

@@ -6,7 +6,6 @@ and a CPU backend folds the casts away when it loads the graph.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vpr_lite_ros.inference import BUNDLE_FORMAT, CARD, MATCH_GRAPH, PLACE_GRAPH
-from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.matcher import PairMatcher, without_idle_parts
 from vpr_lite_ros.models.place import PlaceNetwork
 
 OPSET = 18
@@ -97,6 +96,8 @@ def export_bundle(
 ) -> Path:
     """Write a model bundle to the folder ``output``, replacing one that is there.
 
+    Attention that was not trained adds nothing, and is left out of the graphs.
+
     Parameters
     ----------
     about
@@ -104,8 +105,8 @@ def export_bundle(
     fold
         Fold the backbone's branches into single convolutions (exact up to rounding).
     """
+    place, match = without_idle_parts(place), without_idle_parts(match)
     if fold:
-        place = copy.deepcopy(place)
         place.backbone = place.backbone.folded()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
