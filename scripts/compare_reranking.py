@@ -1,19 +1,24 @@
 """Put the same candidates in order in several ways, and see which way is best.
 
-`python scripts/compare_reranking.py DATA --untrained BUNDLE [--xfeat FILE]` prints a table of each
-benchmark of `vpr-lite evaluate`: Recall@1, recall at 100% precision and milliseconds a candidate,
-for
+`python scripts/compare_reranking.py DATA [--untrained BUNDLE] [--xfeat FILE]` prints a table of
+each benchmark of `vpr-lite evaluate`: Recall@1, recall at 100% precision and milliseconds a
+candidate, for
 
 - the order of the global descriptors, which all others begin with;
-- the match score of the bundle (`--bundle`);
-- that of BUNDLE: the same place network with a matcher that passes descriptors through;
-- Patch-NetVLAD's two scorings (CVPR 2021) of BUNDLE's patches: those of the patches nearest to
-  each other that agree with one homography, and the rapid one, which asks how far each of them
+- the detector's confidence: similarity, match score, and the matches that agree;
+- the match score of the bundle (`--bundle`) alone;
+- that of BUNDLE, if given: the same place network with a matcher that passes descriptors through;
+- Patch-NetVLAD's two scorings (CVPR 2021) of the bundle's patches: those of the patches nearest
+  to each other that agree with one homography, and the rapid one, which asks how far each of them
   moves otherwise than all do on average;
 - XFeat (CVPR 2024): key points nearest to each other that agree with one fundamental matrix.
+
+Patch-NetVLAD's patches are not passed through self-attention, so while that is untrained they are
+the same; of a trained bundle its BUNDLE without attention is used.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +31,7 @@ from numpy.typing import NDArray
 from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks, read_frames
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, Description, PlaceModel, open_model
-from vpr_lite_ros.measurement import Answer, measure, reorder
+from vpr_lite_ros.measurement import Answer, look_up, measure, reorder
 from vpr_lite_ros.progress import progress
 from vpr_lite_ros.training.xfeat import KeyPoints, XFeat, correspondences
 
@@ -43,7 +48,8 @@ class Seen:
     """One frame, as each way sees it."""
 
     ours: Description
-    untrained: Description
+    plain: Description
+    """Without attention."""
     points: KeyPoints | None
 
 
@@ -79,40 +85,34 @@ def rapid_score(query: Description, candidate: Description, size: tuple[int, int
 
 
 def compare(
-    benchmark: Benchmark, ours: PlaceModel, untrained: PlaceModel, xfeat: XFeat | None, most: int
+    benchmark: Benchmark, ours: PlaceModel, plain: PlaceModel | None, xfeat: XFeat | None, most: int
 ) -> list[tuple[str, float, float, float]]:
     """Rows of (way, Recall@1, recall at 100% precision, milliseconds a candidate)."""
-    frames: list[Seen] = []
-    stamps: list[int] = []
     size = ours.bundle.image_size
+    frames: list[Seen] = []
     images = (frame for source in benchmark.sources for frame in read_frames(source))
     total = sum(map(len, benchmark.sources))
     for frame in progress(images, total, "frame", benchmark.name):
         fitted = fit(frame.image, size)
+        described = ours.describe(fitted)
         points = xfeat(frame.image) if xfeat else None
-        frames.append(Seen(ours.describe(fitted), untrained.describe(fitted), points))
-        stamps.append(frame.stamp_ns)
-    known = np.stack([frame.ours.descriptor for frame in frames])
-    first, gap_ns = benchmark.first_query, benchmark.gap_ns(MIN_TIME_GAP_S)
-    answers = []
-    for number in range(first, total):
-        eligible = np.arange(first or number)
-        if benchmark.database is None:
-            eligible = eligible[np.array(stamps)[eligible] <= stamps[number] - gap_ns]
-        cosines = known[eligible] @ known[number]
-        order = np.argsort(-cosines, kind="stable")[: max(most, 10)]
-        score = float(cosines[order[0]]) if len(order) else np.nan
-        answers.append(Answer(number, eligible[order].tolist(), score))
+        frames.append(Seen(described, plain.describe(fitted) if plain else described, points))
+    found = list(look_up(benchmark, ours, min_time_gap_s=MIN_TIME_GAP_S, examine=most))
     could = benchmark.findable(MIN_TIME_GAP_S)
-    rows = [("global descriptor", *_figures(answers, benchmark, could), 0.0)]
-    for name, scorer in _scorers(frames, ours, untrained, xfeat is not None).items():
-        began, count, found = time.perf_counter(), 0, []
+    answers = [one.answer for one in found]
+    # Matching is timed below; what confidence adds to it is the geometry of the matches.
+    rows = [
+        ("global descriptor", *_figures(answers, benchmark, could), 0.0),
+        ("confidence", *_figures([one.reranked() for one in found], benchmark, could), math.nan),
+    ]
+    for name, scorer in _scorers(frames, ours, plain, xfeat is not None).items():
+        began, count, reordered = time.perf_counter(), 0, []
         for answer in progress(answers, len(answers), "query", name):
             candidates = answer.matches[:most]
-            found.append(reorder(answer, scorer(answer.frame, candidates)))
+            reordered.append(reorder(answer, scorer(answer.frame, candidates)))
             count += len(candidates)
         seconds = time.perf_counter() - began
-        rows.append((name, *_figures(found, benchmark, could), 1e3 * seconds / max(count, 1)))
+        rows.append((name, *_figures(reordered, benchmark, could), 1e3 * seconds / max(count, 1)))
     return rows
 
 
@@ -124,7 +124,7 @@ def _figures(
 
 
 def _scorers(
-    frames: list[Seen], ours: PlaceModel, untrained: PlaceModel, with_xfeat: bool
+    frames: list[Seen], ours: PlaceModel, plain: PlaceModel | None, with_xfeat: bool
 ) -> dict[str, Scorer]:
     def by_tokens(model: PlaceModel, descriptions: list[Description]) -> Scorer:
         def score(query: int, candidates: list[int]) -> list[float]:
@@ -140,8 +140,8 @@ def _scorers(
         size = ours.bundle.image_size
 
         def score(query: int, candidates: list[int]) -> list[float]:
-            asked = frames[query].untrained
-            return [scorer(asked, frames[other].untrained, size) for other in candidates]
+            asked = frames[query].plain
+            return [scorer(asked, frames[other].plain, size) for other in candidates]
 
         return score
 
@@ -149,9 +149,10 @@ def _scorers(
         asked, others = frames[query].points, [frames[other].points for other in candidates]
         return [float(len(correspondences(asked, other))) for other in others if asked and other]
 
-    found: dict[str, Scorer] = {
-        "matcher": by_tokens(ours, [frame.ours for frame in frames]),
-        "matcher, untrained": by_tokens(untrained, [frame.untrained for frame in frames]),
+    found = {"match score": by_tokens(ours, [frame.ours for frame in frames])}
+    if plain:
+        found["match score, untrained"] = by_tokens(plain, [frame.plain for frame in frames])
+    found |= {
         "Patch-NetVLAD, RANSAC": by_patches(homography_score),
         "Patch-NetVLAD, rapid": by_patches(rapid_score),
     }
@@ -162,11 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("data", type=Path)
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
-    parser.add_argument("--untrained", type=Path, required=True)
+    parser.add_argument("--untrained", type=Path)
     parser.add_argument("--xfeat", type=Path)
     parser.add_argument("--candidates", type=int, default=10)
     args = parser.parse_args()
-    ours, untrained = open_model(args.bundle), open_model(args.untrained)
+    ours = open_model(args.bundle)
+    untrained = open_model(args.untrained) if args.untrained else None
     xfeat = XFeat(args.xfeat) if args.xfeat else None
     for benchmark in find_benchmarks(args.data):
         rows = compare(benchmark, ours, untrained, xfeat, args.candidates)

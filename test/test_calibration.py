@@ -266,6 +266,24 @@ def test_precision_is_that_of_closures_that_agree() -> None:
     assert cases.closures(confidence, 3) == ([0.6], [True])
 
 
+def test_a_drawn_town_is_a_labelled_sequence_with_a_camera(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vpr_lite_ros.training import town
+
+    monkeypatch.setattr(town, "TOWN_STEP", 12)
+    folder = town.draw_town(3, tmp_path / "town 3")
+    (benchmark,) = find_benchmarks(folder, radius_m=20.0)
+    images = sorted(folder.glob("*.png"))
+    height, width = cv2.imread(str(images[0])).shape[:2]
+    assert len(benchmark.queries) == len(images) > 20
+    assert benchmark.camera is not None
+    assert (benchmark.camera.width, benchmark.camera.height) == (width, height)
+    # The second lap comes past the first: half a minute later, at the same positions.
+    could = benchmark.findable(30.0)
+    assert could.sum() > 5 and could[len(images) // 2 :].mean() > could[: len(images) // 2].mean()
+
+
 @pytest.fixture
 def walks(make_picture: MakePicture, tmp_path: Path) -> list[Benchmark]:
     """Three walks: ten places, then seven of them again in another light and three new ones."""

@@ -196,12 +196,12 @@ def test_export_makes_a_bundle_that_opens(
     place, match = tiny_networks
     save_networks(checkpoint, place, match, {"training": "none"})
     output = tmp_path / "bundle"
-    command = ["export", checkpoint, "--output", output, "--name", "small", "--fold"]
+    command = ["export", checkpoint, "--output", output, "--name", "small"]
     assert main([str(one) for one in [*command, "--max-patches", 12]]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(output)
     bundle = load_bundle(output)
     assert bundle.name == "small" and bundle.max_patches == 12
-    assert bundle.card["branches"] == "folded" and bundle.card["training"] == "none"
+    assert bundle.card["training"] == "none"
 
 
 def test_export_names_a_checkpoint_that_is_none(capsys: Capture, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from vpr_lite_ros.export import CheckpointError, export_bundle, load_networks, save_networks
 from vpr_lite_ros.inference import (
@@ -38,8 +38,9 @@ Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
 Networks = tuple[PlaceNetwork, PairMatcher]
 
-# OpenVINO multiplies in bfloat16 where the CPU can: three digits, and 22 layers to spoil them.
-SMALLEST_COSINE = {"onnxruntime": 0.9999, "openvino": 0.999}
+# OpenVINO multiplies in bfloat16 where the CPU can: three digits, and 22 layers to spoil them. In
+# the tiny networks, whose identities outweigh the rest, they spoil more than in trained ones.
+SMALLEST_COSINE = {"onnxruntime": 0.9999, "openvino": 0.998}
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
@@ -135,7 +136,7 @@ def test_the_shipped_bundle_describes_alike_on_both_backends(make_picture: MakeP
         picture = make_picture(seed, runtime.bundle.image_size)
         for image in (picture, (picture * 0.15 + 30).astype(np.uint8)):
             wanted, found = runtime.describe(image), openvino.describe(image)
-            assert _cosine(wanted.descriptor, found.descriptor) >= SMALLEST_COSINE["openvino"]
+            assert _cosine(wanted.descriptor, found.descriptor) >= 0.999
 
 
 def test_backends_describe_real_images_as_torch_does(
@@ -217,29 +218,49 @@ def test_results_belong_to_the_caller(model: PlaceModel, make_picture: MakePictu
     assert scores[0] == score
 
 
-def test_a_folded_bundle_replaces_another_and_describes_alike(
+def test_a_bundle_replaces_another(
     tiny_networks: Networks, tiny_model: PlaceModel, make_picture: MakePicture, bundle_copy: Path
 ) -> None:
     place, match = tiny_networks
     (bundle_copy / "match.onnx").write_bytes(b"broken")
     (bundle_copy / "leftover").touch()
-    path = export_bundle(place, match, {"dataset": "new"}, bundle_copy, name="tiny", fold=True)
+    path = export_bundle(place, match, {"dataset": "new"}, bundle_copy, name="tiny")
     assert path == bundle_copy and not (path / "leftover").exists()
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-    folded = open_model(path, "onnxruntime", threads=2)
-    assert folded.bundle.card["dataset"] == "new"
-    assert folded.bundle.card["branches"] == "folded"
-    assert tiny_model.bundle.card["branches"] == "kept"
-    assert folded.bundle.model_id != tiny_model.bundle.model_id
+    again = open_model(path, "onnxruntime", threads=2)
+    assert again.bundle.card["dataset"] == "new"
+    assert again.bundle.model_id == tiny_model.bundle.model_id
+    # What is folded, left out or halved is a copy.
     assert place.backbone.state_dict().keys() == PlaceNetwork().backbone.state_dict().keys()
-    convolutions = [
-        sum(node.op_type == "Conv" for node in onnx.load(file / "place.onnx").graph.node)
-        for file in (path, tiny_model.bundle.path)
-    ]
-    # 21 blocks: one convolution each, or a 3×3 and a 1×1.
-    assert convolutions == [21, 42]
+    assert {weight.dtype for weight in place.parameters()} == {torch.float32}
+    assert not match.cross.skipped
     picture = make_picture(3)
-    _assert_same(tiny_model.describe(picture), folded.describe(picture), 0.9999)
+    _assert_same(tiny_model.describe(picture), again.describe(picture), 0.9999)
+
+
+def test_graphs_say_where_they_compute_in_float16(tiny_bundle: Path) -> None:
+    for file in ("place.onnx", "match.onnx"):
+        graph = onnx.shape_inference.infer_shapes(onnx.load(tiny_bundle / file)).graph
+        types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+        types |= {value.name: value.type.tensor_type.elem_type for value in graph.output}
+        types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        assert TensorProto.DOUBLE not in types.values()
+        for node in graph.node:
+            if node.op_type == "Conv":
+                assert {types[name] for name in node.output} == {TensorProto.FLOAT16}
+            if node.op_type in ("Exp", "ReduceSum", "ReduceL2", "ReduceMean", "Softmax"):
+                assert {types[name] for name in node.output} == {TensorProto.FLOAT}, node.name
+    place = onnx.load(tiny_bundle / "place.onnx").graph
+    # 21 blocks, one convolution each.
+    assert sum(node.op_type == "Conv" for node in place.node) == 21
+
+
+def test_a_weight_that_overflows_float16_is_named(tiny_networks: Networks, tmp_path: Path) -> None:
+    place, match = copy.deepcopy(tiny_networks)
+    with torch.no_grad():
+        place.vlad.pca.weight[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"vlad\.pca overflows float16"):
+        export_bundle(place, match, {}, tmp_path / "bundle", name="tiny")
 
 
 def test_the_card_says_what_the_graphs_take(tiny_bundle: Path, tiny_networks: Networks) -> None:
@@ -288,10 +309,10 @@ def test_a_changed_graph_is_refused(bundle_copy: Path, graph: str) -> None:
     assert graph in str(caught.value) and "SHA-256" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_is_refused(bundle_copy: Path, version: object) -> None:
     _edit_card(bundle_copy, format=version)
-    with pytest.raises(BundleError, match=rf"format {version!r}.*reads format 1.*vpr-lite export"):
+    with pytest.raises(BundleError, match=rf"format {version!r}.*reads format 2.*vpr-lite export"):
         load_bundle(bundle_copy)
 
 

@@ -52,7 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # `vpr-lite` reaches these only once a subcommand asks for them.
 ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": ("cli.py",),
-    "vpr_lite_ros.models": ("cli.py",),
+    "vpr_lite_ros.models": ("cli.py", "bench.py"),
+    "torch": ("bench.py",),
     "vpr_lite_ros.training": ("cli.py",),
     "vpr_lite_ros.export": ("cli.py",),
 }

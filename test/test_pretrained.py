@@ -329,14 +329,6 @@ def test_a_bundle_gives_its_backbone_back(
     assert similarity(backbone.eval()(standardise(views)), before) > 0.9999
 
 
-def test_a_folded_bundle_is_refused(
-    tiny_networks: tuple[PlaceNetwork, PairMatcher], tmp_path: Path
-) -> None:
-    folded = export_bundle(*tiny_networks, {}, tmp_path / "folded", name="folded", fold=True)
-    with pytest.raises(CheckpointError, match=r"folded for deployment.*branches: kept"):
-        load_pretrained(RepVGGLite(), folded)
-
-
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model bundle"):
         load_pretrained(RepVGGLite(), tmp_path)

@@ -81,8 +81,10 @@ class Config:
     )
     backend: str = _parameter(
         "auto",
-        "What runs the networks. auto: the fastest that is installed.",
-        choices=("auto", "openvino", "onnxruntime"),
+        "What runs the networks. auto: TensorRT if there is an NVIDIA GPU, else the faster of the "
+        "others that are installed. While TensorRT's engines are built, which takes minutes and "
+        "happens once, the CPU answers.",
+        choices=("auto", "tensorrt", "openvino", "onnxruntime"),
     )
     threads: int = _parameter(
         0, "CPU threads of the networks. 0: as many as there are cores.", minimum=0, maximum=256

@@ -1,24 +1,25 @@
 """Networks to a model bundle: ``place.onnx``, ``match.onnx`` and ``model.yaml``.
 
-Weights are stored as float16 and cast to float32 where they are used: half the size on disk,
-and a CPU backend folds the casts away when it loads the graph.
+The graphs say at each place in which precision it is computed, so that a GPU decides nothing:
+convolutions and projections in float16, and in float32 what sums squares or takes exponentials.
+A CPU computes float16 in float32, or in bfloat16 where it multiplies that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 import yaml
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,8 +28,6 @@ from vpr_lite_ros.models.matcher import PairMatcher, without_idle_parts
 from vpr_lite_ros.models.place import PlaceNetwork
 
 OPSET = 18
-_SMALL = 256
-"""Tensors with fewer values stay float32: shapes' scalars and biases gain nothing."""
 
 
 class CheckpointError(ValueError):
@@ -92,22 +91,28 @@ def export_bundle(
     output: Path,
     *,
     name: str,
-    fold: bool = False,
 ) -> Path:
     """Write a model bundle to the folder ``output``, replacing one that is there.
 
-    Attention that was not trained adds nothing, and is left out of the graphs.
+    The backbone's branches are folded into single convolutions: the same up to rounding, and
+    faster. Attention that was not trained adds nothing, and is left out.
 
     Parameters
     ----------
     about
         What the model card says: training data, time, recommended thresholds.
-    fold
-        Fold the backbone's branches into single convolutions (exact up to rounding).
+
+    Raises
+    ------
+    ValueError
+        If a weight overflows float16.
+    FileExistsError
+        If the folder holds something else.
     """
     place, match = without_idle_parts(place), without_idle_parts(match)
-    if fold:
-        place.backbone = place.backbone.folded()
+    place.backbone = place.backbone.folded()
+    _halve(place)
+    _halve(match)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         draft = Path(folder) / "bundle"
@@ -122,7 +127,10 @@ def export_bundle(
             "clusters": place.vlad.clusters,
             "dimension": place.vlad.dimension,
             "max_patches": place.max_patches,
-            "branches": "folded" if fold else "kept",
+            "costs": {
+                name: _costs(onnx.load(draft / graph), draft / graph)
+                for name, graph in (("place", PLACE_GRAPH), ("match", MATCH_GRAPH))
+            },
             **about,
             "sha256": {
                 graph: hashlib.sha256((draft / graph).read_bytes()).hexdigest()
@@ -140,6 +148,36 @@ def export_bundle(
     return output
 
 
+def _costs(model: onnx.ModelProto, file: Path) -> dict[str, int]:
+    """Parameters, multiplications with additions (of one candidate, in ``match``), file size."""
+    for value in (*model.graph.input, *model.graph.output):
+        for side in value.type.tensor_type.shape.dim:
+            if not side.HasField("dim_value"):
+                side.dim_value = 1
+    del model.graph.value_info[:]
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {
+        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    multiply_adds = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        first, second = (shapes[name] for name in node.input[:2])
+        # Of each output number: a window of the kernel, or a row of the first factor.
+        terms = math.prod(second[1:]) if node.op_type == "Conv" else first[-1]
+        multiply_adds += math.prod(shapes[node.output[0]]) * terms
+    floats = TensorProto.FLOAT, TensorProto.FLOAT16
+    return {
+        # A few constants are counted, too.
+        "parameters": sum(math.prod(t.dims) for t in graph.initializer if t.data_type in floats),
+        "multiply_adds": multiply_adds,
+        "bytes": file.stat().st_size,
+    }
+
+
 def amend_card(bundle: Path, entries: dict[str, Any]) -> None:
     """Add entries to a bundle's model card, or replace them; its graphs stay as they are."""
     card = yaml.safe_load((bundle / CARD).read_text(encoding="utf-8"))
@@ -154,6 +192,18 @@ def _write_card(bundle: Path, card: dict[str, Any]) -> None:
     draft.replace(bundle / CARD)
 
 
+def _halve(network: torch.nn.Module) -> None:
+    """Let convolutions and projections compute in float16."""
+    for name, part in network.named_modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
+            if name.endswith("vlad.assign"):  # small, and its softmax is steep
+                continue
+            part.half()
+            for weight in part.state_dict().values():
+                if not weight.isfinite().all():
+                    raise ValueError(f"a weight of {name} overflows float16")
+
+
 def _export_place(place: PlaceNetwork, path: Path) -> None:
     width, height = place.image_size
     image = torch.zeros(1, height, width, 3, dtype=torch.uint8)
@@ -162,7 +212,8 @@ def _export_place(place: PlaceNetwork, path: Path) -> None:
 
 
 def _export_match(match: PairMatcher, place: PlaceNetwork, path: Path) -> None:
-    tokens = torch.zeros(1, place.max_patches, place.vlad.dimension)
+    shape = 1, place.max_patches, place.vlad.dimension
+    tokens = torch.zeros(shape, dtype=torch.float16)
     candidates = tokens.repeat(3, 1, 1)
     shapes = {"query": None, "candidates": {0: torch.export.Dim("candidates", min=1, max=4096)}}
     _export(
@@ -196,28 +247,9 @@ def _export(
         )
     assert program is not None
     model = program.model_proto
-    _store_weights_as_float16(model)
     # Names of source files and lines are of no use to those who run the graph.
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
     onnx.checker.check_model(model)
     onnx.save(model, path)
-
-
-def _store_weights_as_float16(model: onnx.ModelProto) -> None:
-    """Replace large float32 initialisers by float16 ones and a cast each."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(tensor)
-        if values.size < _SMALL:
-            continue
-        if np.abs(values).max() > np.finfo(np.float16).max:
-            raise ValueError(f"{tensor.name} overflows float16: keep it as float32")
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_f16"))
-        casts.append(helper.make_node("Cast", [f"{name}_f16"], [name], to=TensorProto.FLOAT))
-    for cast in reversed(casts):
-        model.graph.node.insert(0, cast)

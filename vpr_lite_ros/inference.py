@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,11 @@ log = logging.getLogger(__name__)
 PLACE_GRAPH = "place.onnx"
 MATCH_GRAPH = "match.onnx"
 CARD = "model.yaml"
-BUNDLE_FORMAT = 1
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v3"
+BUNDLE_FORMAT = 2
+TENSORRT = "tensorrt"
+ALIKE_COSINE, ALIKE_SCORE = 0.999, 0.02
+"""How alike two backends must describe an image, and score its match with itself."""
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v4"
 """The model bundle that ships with the package."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -84,10 +88,13 @@ class Description:
 
 
 class PlaceModel:
-    """Both graphs of one bundle on one backend."""
+    """Both graphs of one bundle on one backend, which may change once."""
 
     def __init__(self, bundle: Bundle, place: Runner, match: Runner) -> None:
         self.bundle, self._place, self._match = bundle, place, match
+        self._offered: tuple[Runner, Runner] | None = None
+        self.fault = ""
+        """Why the backend that was asked for is not used; empty if it is, or may yet be."""
 
     @property
     def backend(self) -> str:
@@ -96,10 +103,13 @@ class PlaceModel:
 
     def describe(self, image: NDArray[np.uint8]) -> Description:
         """Describe an RGB image (H, W, 3) of the bundle's ``image_size``."""
+        if (offered := self._offered) is not None:
+            self._offered = None
+            self._change_to(*offered, image[None])
         out = self._place.infer({"image": image[None]})
         return Description(
             descriptor=out["descriptor"][0],
-            tokens=out["tokens"][0].astype(np.float16),
+            tokens=out["tokens"][0].astype(np.float16, copy=False),
             centres=out["centres"][0],
         )
 
@@ -110,39 +120,126 @@ class PlaceModel:
 
         Returns the transported mass (B,), 0…1, and the assignments (B, N, N).
         """
-        out = self._match.infer(
-            {
-                "query": query[None].astype(np.float32),
-                "candidates": candidates.astype(np.float32),
-            }
-        )
+        out = self._match.infer({"query": query[None], "candidates": candidates})
         return out["scores"], out["assignment"]
 
+    def change_over(self, make: Callable[[], tuple[Runner, Runner]]) -> threading.Thread:
+        """Make runners of ``place`` and ``match`` in a thread, and use them from then on.
 
-def open_model(path: Path = DEFAULT_BUNDLE, backend: str = "auto", threads: int = 0) -> PlaceModel:
+        The next image that is described after that is described by both: if the answers differ,
+        or nothing can be made, all stays as it is and ``fault`` says why.
+        """
+
+        def work() -> None:
+            try:
+                self._offered = make()
+            except Exception as error:
+                self._refuse(str(error))
+
+        thread = threading.Thread(target=work, name="change over", daemon=True)
+        thread.start()
+        return thread
+
+    def _change_to(self, place: Runner, match: Runner, image: NDArray[np.uint8]) -> None:
+        try:
+            mine, yours = (runner.infer({"image": image}) for runner in (self._place, place))
+            ours, theirs = (out["descriptor"][0] for out in (mine, yours))
+            cosine = float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs))
+            tokens = mine["tokens"].astype(np.float16, copy=False)
+            pair = {"query": tokens, "candidates": tokens}
+            scores = [float(runner.infer(pair)["scores"][0]) for runner in (self._match, match)]
+        except Exception as error:
+            return self._refuse(f"{place.backend} failed on its first image: {error}")
+        # Written so that NaN is refused.
+        if not (cosine >= ALIKE_COSINE and abs(scores[0] - scores[1]) <= ALIKE_SCORE):
+            return self._refuse(
+                f"{place.backend} describes an image otherwise than {self.backend} does: cosine "
+                f"{cosine:.4f}, should be {ALIKE_COSINE}; match score with itself {scores[1]:.3f}, "
+                f"should be {scores[0]:.3f}"
+            )
+        log.info("%s answers as %s did (cosine %.5f)", place.backend, self.backend, cosine)
+        self._place, self._match = place, match
+
+    def _refuse(self, fault: str) -> None:
+        self.fault = f"{fault}; the networks go on running on {self.backend}"
+        log.error("%s", self.fault)
+
+
+def open_model(
+    path: Path = DEFAULT_BUNDLE,
+    backend: str = "auto",
+    threads: int = 0,
+    *,
+    most_candidates: int = 10,
+    behind: bool = False,
+) -> PlaceModel:
     """Check the bundle at ``path`` and open it.
 
     Parameters
     ----------
     backend
-        ``auto``: the fastest that is installed. Otherwise a name in ``BACKENDS``.
+        ``auto``: the fastest that can be used. Otherwise ``tensorrt`` or a name in ``BACKENDS``.
     threads
         CPU threads of the network; 0 leaves the choice to the backend.
+    most_candidates
+        How many candidates TensorRT matches at once; more are matched in parts.
+    behind
+        Whether TensorRT's engines, if they are not there yet, are built while a CPU backend
+        answers (``PlaceModel.change_over``). Otherwise this takes minutes, once.
 
     Raises
     ------
     BundleError
         If a file is missing, was changed or is of another format.
     BackendError
-        If the backend is unknown or not installed.
+        If the backend is unknown, not installed or finds no device.
     """
     bundle = load_bundle(path)
-    open_runner = _choose_backend(backend)
-    return PlaceModel(
+    engines = None
+    if backend in ("auto", TENSORRT):
+        try:
+            engines = _engines(bundle, most_candidates)
+        except BackendError as error:
+            if backend == TENSORRT:
+                raise
+            log.info("%s: on the CPU", error)
+    if engines is not None and not behind:
+        return PlaceModel(bundle, *engines())
+    open_runner = _choose_backend("auto" if backend == TENSORRT else backend)
+    model = PlaceModel(
         bundle,
         open_runner(path / PLACE_GRAPH, threads),
         open_runner(path / MATCH_GRAPH, threads),
     )
+    if engines is not None:
+        model.change_over(engines)
+    return model
+
+
+def _engines(bundle: Bundle, most_candidates: int) -> Callable[[], tuple[Runner, Runner]]:
+    """What makes both engines, if there is a GPU and what drives it."""
+    for module in (TENSORRT, "pycuda"):
+        if importlib.util.find_spec(module) is None:
+            raise BackendError(f"no TensorRT: {module} is not installed")
+    try:
+        runner = importlib.import_module("vpr_lite_ros.tensorrt_runner")
+    except (ImportError, OSError, RuntimeError) as error:  # a library or a driver is missing
+        raise BackendError(f"TensorRT cannot be used: {error}") from error
+    gpu = runner.Gpu()
+    said: set[tuple[str, int]] = set()
+
+    def say(phase: str, step: int, steps: int) -> None:
+        tenth = 10 * step // max(steps, 1)
+        if (phase, tenth) not in said:
+            said.add((phase, tenth))
+            log.info("%s: %d%%", phase, 10 * tenth)
+
+    def make() -> tuple[Runner, Runner]:
+        place = runner.TensorRtRunner(gpu, bundle.path / PLACE_GRAPH, 1, say)
+        match = runner.TensorRtRunner(gpu, bundle.path / MATCH_GRAPH, most_candidates, say)
+        return place, match
+
+    return make
 
 
 def load_bundle(path: Path) -> Bundle:
@@ -210,11 +307,12 @@ class OpenVinoRunner:
 
     def infer(self, inputs: Arrays) -> Arrays:
         results = self._request.infer(inputs, share_inputs=True, share_outputs=False)
-        return {output.get_any_name(): array for output, array in results.items()}
+        # A tensor that two nodes pass on has two names.
+        return {name: array for output, array in results.items() for name in output.names}
 
 
 class OnnxRuntimeRunner:
-    """A graph on ONNX Runtime's CPU provider, float32."""
+    """A graph on ONNX Runtime's CPU provider, computed in float32."""
 
     backend = "onnxruntime"
 
@@ -236,7 +334,7 @@ BACKENDS: dict[str, Callable[[Path, int], Runner]] = {
     "openvino": OpenVinoRunner,
     "onnxruntime": OnnxRuntimeRunner,
 }
-"""In order of preference for ``auto``."""
+"""On the CPU, in order of preference for ``auto``."""
 
 
 def _choose_backend(name: str) -> Callable[[Path, int], Runner]:
@@ -248,7 +346,9 @@ def _choose_backend(name: str) -> Callable[[Path, int], Runner]:
             f"no inference backend is installed: pip install {' or '.join(BACKENDS)}"
         )
     if name not in BACKENDS:
-        raise BackendError(f"backend {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
+        raise BackendError(
+            f"backend {name!r} is unknown: choose auto, {TENSORRT}, {', '.join(BACKENDS)}"
+        )
     return BACKENDS[name]
 
 

@@ -64,7 +64,13 @@ class LoopClosureNode(Node):
         self.config = self._declare_parameters()
         session = self.config.session_id or f"{datetime.now(timezone.utc):%Y-%m-%dT%H-%M-%SZ}"
         bundle = Path(self.config.bundle) if self.config.bundle else DEFAULT_BUNDLE
-        self.model = open_model(bundle, self.config.backend, self.config.threads)
+        self.model = open_model(
+            bundle,
+            self.config.backend,
+            self.config.threads,
+            most_candidates=self.config.top_k,
+            behind=True,
+        )
         self.database = KeyframeDatabase(
             self.config.database_path,
             model_id=self.model.bundle.model_id,
@@ -469,8 +475,8 @@ class LoopClosureNode(Node):
             text = "paused"
         elif not self._counts["images"]:
             level, text = DiagnosticStatus.WARN, "no image has arrived yet"
-        elif self._last_error:
-            level, text = DiagnosticStatus.WARN, self._last_error
+        elif fault := self.model.fault or self._last_error:
+            level, text = DiagnosticStatus.WARN, fault
         self._diagnostics_topic.publish(
             messages.to_diagnostics(
                 self.get_clock().now().to_msg(),

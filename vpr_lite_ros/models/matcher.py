@@ -51,8 +51,10 @@ class Residual(nn.Module):
         self.out = _zeros(nn.Linear(2 * dimension, dimension))
 
     def forward(self, x: Tensor, message: Tensor) -> Tensor:
-        hidden = self.norm(self.hidden(torch.cat([x, message], dim=-1)))
-        out: Tensor = x + self.out(torch.relu(hidden))
+        hidden = self.hidden(torch.cat([x, message], dim=-1))
+        # In float32: float16 overflows where squares are summed.
+        normal = self.norm(hidden.float()).to(hidden.dtype)
+        out: Tensor = x + self.out(torch.relu(normal))
         return out
 
     def adds_nothing(self) -> bool:
@@ -86,7 +88,8 @@ class SelfAttention(nn.Module):
         """Descriptors (B, N, D) and centres (B, N, 2) to tokens (B, N, D)."""
         if self.skipped:
             return patches
-        x = patches + self.position(centres)
+        precision = self.value.weight.dtype
+        x = patches.to(precision) + self.position(centres.to(precision))
         f, g, value = (_split_heads(layer(x)) for layer in (self.f, self.g, self.value))
         weights = torch.softmax(f @ g.transpose(-1, -2) / math.sqrt(f.shape[-1]), dim=-1)
         out: Tensor = self.residual(x, self.merge(_join_heads(weights @ value)))
@@ -112,6 +115,8 @@ class CrossAttention(nn.Module):
         """Tokens (1, N, D) and (B, M, D) to (B, N, D), or (1, N, D) if skipped, and (B, M, D)."""
         if self.skipped:
             return x0, x1
+        precision = self.value.weight.dtype
+        x0, x1 = x0.to(precision), x1.to(precision)
         key0, key1 = _split_heads(self.key(x0)), _split_heads(self.key(x1))
         value0, value1 = _split_heads(self.value(x0)), _split_heads(self.value(x1))
         similarity = key0 @ key1.transpose(-1, -2) / math.sqrt(key0.shape[-1])
@@ -175,9 +180,9 @@ class PairMatcher(nn.Module):
         return log_sinkhorn(*self._scores(x0, x1))
 
     def _scores(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, int]:
-        """What ``sinkhorn`` and ``log_sinkhorn`` take."""
+        """What ``sinkhorn`` takes, in float32: exponentials overflow float16."""
         temperature = self.log_temperature.exp()
-        similarity = self.project(x0) @ self.project(x1).transpose(1, 2)
+        similarity = self.project(x0).float() @ self.project(x1).float().transpose(1, 2)
         return similarity * temperature, self.dustbin * temperature, self.sinkhorn_iterations
 
 
@@ -206,11 +211,12 @@ def sinkhorn(scores: Tensor, dustbin: Tensor, iterations: int) -> Tensor:
     rows, columns = scores.shape[1], scores.shape[2]
     v = torch.ones_like(kernel[:, 0, :])
     v_dustbin = torch.ones_like(kernel[:, 0, :1])
+    one = torch.ones(1).to(kernel)  # of the number 1, export would make two operators
     for _ in range(iterations):
-        u = 1 / ((kernel * v[:, None, :]).sum(dim=2) + v_dustbin)
-        u_dustbin = columns / (v.sum(dim=1, keepdim=True) + v_dustbin)
-        v = 1 / ((kernel * u[:, :, None]).sum(dim=1) + u_dustbin)
-        v_dustbin = rows / (u.sum(dim=1, keepdim=True) + u_dustbin)
+        u = one / ((kernel * v[:, None, :]).sum(dim=2) + v_dustbin)
+        u_dustbin = columns * one / (v.sum(dim=1, keepdim=True) + v_dustbin)
+        v = one / ((kernel * u[:, :, None]).sum(dim=1) + u_dustbin)
+        v_dustbin = rows * one / (u.sum(dim=1, keepdim=True) + u_dustbin)
     return u[:, :, None] * kernel * v[:, None, :]
 
 

@@ -23,6 +23,8 @@ def unit_cells(features: Tensor) -> Tensor:
 class NetVLAD(nn.Module):
     """Soft-assigned residuals to K clusters, then PCA with whitening to D (equation 1).
 
+    Residuals and lengths are computed in float32: differences of sums over a thousand cells.
+
     Works on L2-normalised features. The same clusters and the same projection serve the whole
     image and each patch, so that both live in one space.
     """
@@ -65,7 +67,8 @@ class NetVLAD(nn.Module):
 
     def project(self, vlad: Tensor) -> Tensor:
         """VLAD (…, K·C) to unit vectors (…, D)."""
-        return F.normalize(self.pca(vlad), dim=-1)
+        projected: Tensor = self.pca(vlad.to(self.pca.weight.dtype))
+        return F.normalize(projected.float(), dim=-1)
 
 
 def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,8 @@ class PlaceNetwork(nn.Module):
         descriptor
             (1, D) unit vector of the whole image.
         tokens
-            (1, N, D) patches after self-attention, N = ``max_patches``.
+            (1, N, D) patches after self-attention, N = ``max_patches``, in the projection's
+            precision.
         centres
             (1, N, 2) x, y of each patch as fractions of the image's width and height.
         """
@@ -61,7 +62,8 @@ class PlaceNetwork(nn.Module):
         shares = self.vlad.soft_assign(cells)
         descriptor = self.vlad.project(self.vlad.aggregate(cells, shares))
         patches, centres = self.patches(features, cells, shares)
-        return descriptor, self.self_attention(patches, centres), centres
+        tokens = self.self_attention(patches, centres).to(self.vlad.pca.weight.dtype)
+        return descriptor, tokens, centres
 
     def patches(self, features: Tensor, cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The most salient patches (1, N, D), before self-attention, and centres (1, N, 2)."""
@@ -73,10 +75,12 @@ class PlaceNetwork(nn.Module):
         return patches[None], self.centres[chosen][None]
 
     def local_features(self, image: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised."""
-        standardised = standardise(image.permute(0, 3, 1, 2).contiguous().float())
-        out: Tensor = self.backbone(standardised)
-        return out.flatten(2).transpose(1, 2)
+        """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised, float32."""
+        # Floats first: TensorRT can do nothing else with bytes.
+        standardised = standardise(image.float().permute(0, 3, 1, 2).contiguous())
+        precision = next(self.backbone.parameters()).dtype
+        out: Tensor = self.backbone(standardised.to(precision))
+        return out.flatten(2).transpose(1, 2).float()
 
     def salient_patches(self, features: Tensor) -> Tensor:
         """Indices (N,) of the patches kept, of features (1, cells, C)."""

@@ -101,8 +101,7 @@ class RepVGGLite(nn.Module):
     def folded(self) -> RepVGGLite:
         """A copy with each block's branches folded into one convolution.
 
-        Same output up to rounding, for evaluation only. The paper deploys the branches; folding
-        is an export option.
+        Same output up to rounding, for evaluation only. The paper deploys the branches.
         """
         if self.training:
             raise ValueError("fold in evaluation mode only: batch statistics must be fixed")

@@ -80,9 +80,9 @@ def distort(image: Image, rng: np.random.Generator) -> Image:
     if rng.random() < 0.3:
         picture = _shadow(picture, rng)
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.45:
         picture = _night(picture, rng)
-    elif kind < 0.85:
+    elif kind < 0.9:
         picture = picture ** math.exp(rng.uniform(-0.7, 0.7))
         picture = (picture - 0.5) * rng.uniform(0.5, 1.4) + 0.5 + rng.uniform(-0.2, 0.2)
     if rng.random() < 0.4:

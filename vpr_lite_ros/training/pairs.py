@@ -116,7 +116,7 @@ class Pairs:
         ----------
         of_still
             How two images of a camera that does not move are looked at, from ``mirrored`` and a
-            generator. These pairs are not one place: one view may be much closer.
+            generator.
         """
         pairs: list[Pair] = []
         for choice in rng.permutation(len(self.sources)):
@@ -127,8 +127,7 @@ class Pairs:
             for query, partner in _distinct_places(dataset, count - len(pairs), rng):
                 look = (of_still if aligned else whole)(mirrored, rng)
                 first, second = dataset.queries[query], dataset.database[partner]
-                one_place = not aligned
-                pairs.append(Pair(first, second, look, aligned, len(pairs), one_place))
+                pairs.append(Pair(first, second, look, aligned, len(pairs)))
         return pairs
 
     def still(self, rng: np.random.Generator) -> tuple[Path, Path]:
@@ -253,6 +252,11 @@ def here_and_ahead(mirrored: bool, rng: np.random.Generator) -> tuple[Look, Look
         return Look(centre, sides, *same, corridor, (Eye(0.0, forward), beside))
 
     return look(0.0), look(ahead)
+
+
+def here(mirrored: bool, rng: np.random.Generator) -> Look:
+    """A window, and what is seen of it from beside."""
+    return here_and_ahead(mirrored, rng)[0]
 
 
 def _window(rng: np.random.Generator) -> tuple[tuple[float, float], tuple[float, float]]:

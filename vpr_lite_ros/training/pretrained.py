@@ -64,7 +64,7 @@ def load_pretrained(backbone: RepVGGLite, path: Path) -> Accounting:
     path
         ``.safetensors``, else a file of ``torch.save`` that holds tensors only: a state dict, or
         one under ``state_dict`` or ``model``; names may begin with ``module.``. Or the folder of
-        a model bundle that keeps its branches.
+        a model bundle, whose convolutions are taken apart into branches again.
 
     Raises
     ------
@@ -173,38 +173,47 @@ def _read(path: Path) -> Any:
 
 
 def _read_bundle(folder: Path) -> dict[str, Any]:
-    """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it.
-
-    Where export has folded a batch norm into its convolution, one that only adds the bias is
-    put behind it: for a network in evaluation mode, the same.
-    """
+    """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it."""
     path = folder / PLACE_GRAPH
     try:
         graph = onnx.load(path).graph
     except (OSError, DecodeError) as error:
         raise CheckpointError(f"{folder} is no model bundle: {path}: {error}") from error
     tensors = {
-        tensor.name.removesuffix("_f16"): torch.from_numpy(
-            numpy_helper.to_array(tensor).astype(np.float32)
-        )
+        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32))
         for tensor in graph.initializer
     }
-    prefix = "backbone."
-    entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    if any(re.search(r"\.\d+\.conv\.weight$", name) for name in entries):
-        raise CheckpointError(
-            f"{folder} holds blocks folded for deployment, which cannot be trained further: pass "
-            "a bundle whose model.yaml says `branches: kept`"
-        )
-    for name in [name for name in entries if name.endswith(".conv.weight_bias")]:
-        bias, norm = entries.pop(name), name.removesuffix("conv.weight_bias") + "bn."
-        entries[norm + "weight"] = torch.ones_like(bias)
-        entries[norm + "bias"] = bias
-        entries[norm + "running_mean"] = torch.zeros_like(bias)
-        entries[norm + "running_var"] = torch.full_like(bias, 1 - nn.BatchNorm2d(1).eps)
+    prefix, kernel = "backbone.", "conv.weight"
+    entries: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.startswith(prefix) and name.endswith(kernel)]:
+        block = name.removesuffix(kernel)
+        bias = tensors[f"{block}conv.bias"]
+        entries |= _unfolded(block.removeprefix(prefix), tensors[name], bias)
     # Names without a dot are constants of the graph.
     rest = {name: None for name in tensors if "." in name and not name.startswith(prefix)}
     return {"state_dict": entries, **rest}
+
+
+def _unfolded(block: str, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    """Branches of a block that add up to one convolution: one of many ways.
+
+    Batch norms only add the bias, which in evaluation mode is the same.
+    """
+    width = len(bias)
+    kernel, middle = kernel.clone(), kernel[:, :, 1, 1]
+    scales = {"conv_kxk.bn": bias, "conv_1x1.bn": torch.zeros(width)}
+    # The first block of a stage halves the resolution and has no identity.
+    if not re.fullmatch(r"stem\.|stages\.\d+\.0\.", block):
+        scales["identity"] = torch.zeros(width)
+        middle = middle - torch.eye(width)
+    kernel[:, :, 1, 1] = middle / 2
+    entries = {"conv_kxk.conv.weight": kernel, "conv_1x1.conv.weight": middle[:, :, None, None] / 2}
+    for norm, offset in scales.items():
+        entries[f"{norm}.weight"] = torch.ones(width)
+        entries[f"{norm}.bias"] = offset
+        entries[f"{norm}.running_mean"] = torch.zeros(width)
+        entries[f"{norm}.running_var"] = torch.full((width,), 1 - nn.BatchNorm2d(1).eps)
+    return {block + name: tensor for name, tensor in entries.items()}
 
 
 def _unwrapped(content: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -31,7 +31,15 @@ from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.fit import fit_clusters
 from vpr_lite_ros.training.loop import Batch, Stage
-from vpr_lite_ros.training.pairs import Pair, Pairs, PairsConfig, here_and_ahead, part, render
+from vpr_lite_ros.training.pairs import (
+    Pair,
+    Pairs,
+    PairsConfig,
+    here,
+    here_and_ahead,
+    part,
+    render,
+)
 
 _NEAR = 24.0
 """Pixels: cells of the other view closer than this to the right spot are not called wrong."""
@@ -98,7 +106,7 @@ class ViewPairs(Dataset[Batch]):
         )
 
     def _plan(self, rng: np.random.Generator) -> list[Pair]:
-        plan = self.pairs.of_places(self.config.batch // 2, rng, part)
+        plan = self.pairs.of_places(self.config.batch // 2, rng, here)
         while len(plan) < self.config.batch:
             scene, mirrored = len(plan), bool(rng.random() < 0.5)
             files = self.pairs.still(rng)

@@ -1,0 +1,365 @@
+"""TensorRT without TensorRT: its real Python bindings say which calls there are, and nothing runs.
+
+``python test/dry_tensorrt.py BUNDLE CASE [OLD NEW]`` runs the code that uses TensorRT against
+stand-ins: each stands for an object of a class of the bindings, refuses what that class does not
+have, and checks the arguments of each call against the signature that the bindings document.
+With OLD and NEW, that text of the code is replaced first. pycuda's memory is NumPy's.
+
+The bindings come from ``PYTHONPATH``, see scripts/tensorrt_bindings.sh.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import logging
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tensorrt_bindings as real
+
+USED: set[str] = set()
+FAILS: set[str] = set()
+"""Names of methods that answer None or False."""
+
+SIGNATURE = re.compile(r"^(?:\d+\. )?\w+\((.*)\) -> (.+)$", re.MULTILINE)
+DTYPES = {
+    onnx.TensorProto.UINT8: "UINT8",
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+}
+
+
+def split(arguments: str) -> list[str]:
+    """``a: dict[x, y], b: int`` at its outer commas."""
+    depth, parts = 0, [""]
+    for letter in arguments:
+        depth += (letter in "[(<") - (letter in "])>")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def class_of(name: str) -> type:
+    found: Any = real
+    for part in name.removeprefix("tensorrt_bindings.tensorrt.").split("."):
+        found = getattr(found, part)
+    return found
+
+
+def fits(value: Any, kind: str) -> bool:
+    plain: dict[str, Callable[[Any], bool]] = {
+        "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+        "str": lambda v: isinstance(v, str),
+        "bool": lambda v: isinstance(v, bool),
+        "tuple": lambda v: isinstance(v, tuple),
+        "list": lambda v: isinstance(v, list),
+        "buffer": lambda v: isinstance(v, (bytes, bytearray, memoryview)),
+    }
+    plain |= {"typing.SupportsInt": plain["int"], "typing.SupportsIndex": plain["int"]}
+    plain |= {"typing_extensions.Buffer": plain["buffer"]}
+    if kind in plain:
+        return plain[kind](value)
+    wanted = class_of(kind)
+    if wanted is real.Dims:  # made from a sequence of whole numbers
+        return isinstance(value, (tuple, list)) and all(isinstance(side, int) for side in value)
+    if isinstance(value, Dry):
+        return issubclass(object.__getattribute__(value, "_real"), wanted)
+    return isinstance(value, wanted)
+
+
+def check(name: str, doc: str, given: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """What the call returns, as its documentation says; TypeError if no signature fits."""
+    signatures = SIGNATURE.findall(doc or "")
+    if not signatures:
+        raise TypeError(f"{name}: the bindings document no signature")
+    for arguments, returned in signatures:
+        expected = [part for part in split(arguments) if part not in ("*", "/")][1:]
+        names = [part.split(":")[0].strip() for part in expected]
+        kinds = [part.split(":", 1)[1].split("=")[0].strip() for part in expected]
+        needed = {key for key, part in zip(names, expected, strict=True) if "=" not in part}
+        values = dict(zip(names, given, strict=False)) | named
+        complete = len(given) <= len(names) and needed <= set(values) <= set(names)
+        kind_of = dict(zip(names, kinds, strict=True))
+        if complete and all(fits(value, kind_of[key]) for key, value in values.items()):
+            return str(returned.strip())
+    raise TypeError(f"{name} does not take {given} {named}: {doc}")
+
+
+class Dry:
+    """Stands for an object of a class of the bindings."""
+
+    def __init__(self, cls: type, **state: Any) -> None:
+        object.__setattr__(self, "_real", cls)
+        object.__setattr__(self, "state", state)
+
+    def __getattr__(self, name: str) -> Any:
+        cls = self._real
+        full = f"{cls.__name__}.{name}"
+        found = getattr(cls, name)
+        USED.add(full)
+        answer = ANSWERS.get(full)
+        if isinstance(found, property):
+            return answer(self) if answer else self.state.get(name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            returned = check(full, found.__doc__, given, named)
+            if name in FAILS:
+                return False if returned == "bool" else None
+            if answer:
+                return answer(self, *given, **named)
+            if returned in ("bool", "None"):
+                return True if returned == "bool" else None
+            if returned in ("int", "str"):
+                return 0 if returned == "int" else "text"
+            made = real.ParserError if "IParserError" in returned else class_of(returned)
+            return Dry(made)
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        USED.add(f"{self._real.__name__}.{name}")
+        found = getattr(self._real, name)
+        if not isinstance(found, property) or found.fset is None:
+            raise AttributeError(f"{self._real.__name__}.{name} cannot be set")
+        self.state[name] = value
+
+    def __bytes__(self) -> bytes:
+        if self._real is not real.IHostMemory:
+            raise TypeError(f"{self._real.__name__} has no bytes")
+        return bytes(self.state.get("content", b"timings"))
+
+
+class DryModule(types.ModuleType):
+    """Stands for ``tensorrt``."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(real, name)
+        USED.add(name)
+        if found in (real.Builder, real.Runtime, real.OnnxParser):
+
+            def make(*given: Any, **named: Any) -> Dry:
+                check(name, found.__init__.__doc__, given, named)
+                return Dry(found, network=given[0])
+
+            return make
+        return found
+
+
+# What must be known of a graph, so that the code finds what it would find.
+
+
+def parse(parser: Dry, content: bytes) -> bool:
+    parser.state["network"].state["graph"] = onnx.load_from_string(content).graph
+    return True
+
+
+def build(_: Dry, network: Dry, config: Dry) -> Dry:
+    monitor = config.state["progress_monitor"]
+    monitor.phase_start("Building", None, 4)
+    monitor.phase_start("Tactics", "Building", 2)
+    assert monitor.step_complete("Tactics", 0)
+    assert monitor.step_complete("Building", 1)
+    monitor.phase_finish("Tactics")
+    monitor.phase_finish("Building")
+    profiled = {name for name, *_ in config.state.get("shapes", [])}
+    dynamic = {name for name, shape, *_ in tensors(network.state["graph"]) if -1 in shape}
+    assert not (dynamic & {i.name for i in network.state["graph"].input}) - profiled
+    text = network.state["graph"].SerializeToString()
+    return Dry(real.IHostMemory, content=text)
+
+
+def tensors(graph: Any) -> list[tuple[str, tuple[int, ...], str, bool]]:
+    """(name, shape with -1 where it varies, data type, whether it goes in)."""
+    found = []
+    for values, goes_in in ((graph.input, True), (graph.output, False)):
+        for value in values:
+            kind = value.type.tensor_type
+            shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
+            found.append((value.name, shape, DTYPES[kind.elem_type], goes_in))
+    return found
+
+
+def tensor_of(engine: Dry, name: str) -> tuple[str, tuple[int, ...], str, bool]:
+    (found,) = [tensor for tensor in tensors(engine.state["graph"]) if tensor[0] == name]
+    return found
+
+
+def deserialise(_: Dry, content: bytes) -> Dry:
+    graph = onnx.GraphProto.FromString(bytes(content))
+    return Dry(real.ICudaEngine, graph=graph)
+
+
+def shape_now(execution: Dry, name: str) -> tuple[int, ...]:
+    shape = tensor_of(execution.state["engine"], name)[1]
+    return tuple(execution.state.get("length", 1) if side < 0 else side for side in shape)
+
+
+def set_input_shape(execution: Dry, name: str, shape: tuple[int, ...]) -> bool:
+    execution.state["length"] = shape[0]
+    return True
+
+
+def execute(execution: Dry, stream: int) -> bool:
+    """Outputs count the candidates, so that parts can be told from each other."""
+    addresses = execution.state["addresses"]
+    for name, *_ in (
+        one for one in tensors(execution.state["engine"].state["graph"]) if not one[3]
+    ):
+        memory = MEMORY[addresses[name]]
+        shape = shape_now(execution, name)
+        dtype = real.nptype(getattr(real.DataType, tensor_of(execution.state["engine"], name)[2]))
+        values = np.zeros(shape, dtype)
+        values[...] = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        memory[: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+    return True
+
+
+def set_address(execution: Dry, name: str, memory: int) -> bool:
+    execution.state.setdefault("addresses", {})[name] = memory
+    return True
+
+
+def set_shape(profile: Dry, name: str, *shapes: tuple[int, ...]) -> None:
+    profile.state.setdefault("shapes", []).append((name, *shapes))
+
+
+def add_profile(config: Dry, profile: Dry) -> int:
+    config.state["shapes"] = profile.state["shapes"]
+    return 0
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "OnnxParser.parse": parse,
+    "OnnxParser.num_errors": lambda _: 2,
+    "ParserError.desc": lambda _: "no such operator",
+    "INetworkDefinition.num_inputs": lambda network: len(network.state["graph"].input),
+    "INetworkDefinition.get_input": lambda network, index: Dry(
+        real.ITensor,
+        name=network.state["graph"].input[index].name,
+        shape=tensors(network.state["graph"])[index][1],
+    ),
+    "IOptimizationProfile.set_shape": set_shape,
+    "IBuilderConfig.add_optimization_profile": add_profile,
+    "Builder.build_serialized_network": build,
+    "Runtime.deserialize_cuda_engine": deserialise,
+    "ICudaEngine.num_io_tensors": lambda engine: len(tensors(engine.state["graph"])),
+    "ICudaEngine.get_tensor_name": lambda engine, index: tensors(engine.state["graph"])[index][0],
+    "ICudaEngine.get_tensor_shape": lambda engine, name: tensor_of(engine, name)[1],
+    "ICudaEngine.get_tensor_dtype": lambda engine, name: getattr(
+        real.DataType, tensor_of(engine, name)[2]
+    ),
+    "ICudaEngine.get_tensor_mode": lambda engine, name: (
+        real.TensorIOMode.INPUT if tensor_of(engine, name)[3] else real.TensorIOMode.OUTPUT
+    ),
+    "ICudaEngine.create_execution_context": lambda engine: Dry(
+        real.IExecutionContext, engine=engine
+    ),
+    "IExecutionContext.set_input_shape": set_input_shape,
+    "IExecutionContext.get_tensor_shape": shape_now,
+    "IExecutionContext.set_tensor_address": set_address,
+    "IExecutionContext.execute_async_v3": execute,
+}
+
+
+# pycuda, its memory in RAM.
+
+MEMORY: dict[int, Any] = {}
+FREED: list[int] = []
+
+
+class Allocation:
+    def __init__(self, size: int) -> None:
+        self.address = 4096 * (1 + len(MEMORY))
+        MEMORY[self.address] = np.zeros(size, np.uint8)
+
+    def __int__(self) -> int:
+        return self.address
+
+    def free(self) -> None:
+        FREED.append(self.address)
+
+
+def copy_in(to: Allocation, array: Any, stream: Any) -> None:
+    assert array.flags.c_contiguous
+    MEMORY[int(to)][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+
+
+def copy_out(array: Any, source: Allocation, stream: Any) -> None:
+    assert array.flags.c_contiguous
+    array[...] = np.frombuffer(MEMORY[int(source)][: array.nbytes].tobytes(), array.dtype).reshape(
+        array.shape
+    )
+
+
+def install(source: Path, replacement: tuple[str, str] | None) -> None:
+    """Put the stand-ins where imports find them."""
+    driver = types.ModuleType("pycuda.driver")
+    names: dict[str, Any] = {
+        "Error": type("Error", (Exception,), {}),
+        "init": lambda: None,
+        "Device": lambda number: types.SimpleNamespace(
+            name=lambda: "Dry GPU (8 GB)",
+            retain_primary_context=lambda: types.SimpleNamespace(
+                push=lambda: None, pop=lambda: None, detach=lambda: None
+            ),
+        ),
+        "Stream": lambda: types.SimpleNamespace(handle=7, synchronize=lambda: None),
+        "pagelocked_empty": np.zeros,
+        "mem_alloc": Allocation,
+        "memcpy_htod_async": copy_in,
+        "memcpy_dtoh_async": copy_out,
+    }
+    for name, value in names.items():
+        setattr(driver, name, value)
+    package = types.ModuleType("pycuda")
+    package.driver = driver  # type: ignore[attr-defined]
+    modules = {"pycuda": package, "pycuda.driver": driver, "tensorrt": DryModule("tensorrt")}
+    for name, module in modules.items():
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = module
+    if replacement:
+        text = source.read_text()
+        assert replacement[0] in text
+        name = "vpr_lite_ros.tensorrt_runner"
+        changed = types.ModuleType(name)
+        sys.modules[name] = changed
+        exec(compile(text.replace(*replacement), str(source), "exec"), changed.__dict__)
+
+
+def main(bundle: Path, case: str, *replacement: str) -> None:
+    """Print what was seen; the test reads it."""
+    import vpr_lite_ros
+    from vpr_lite_ros.inference import BackendError, open_model
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+    source = Path(vpr_lite_ros.__file__).parent / "tensorrt_runner.py"
+    install(source, (replacement[0], replacement[1]) if replacement else None)
+    FAILS.update({"parse", "build_serialized_network", "deserialize_cuda_engine"} & {case})
+    print("release", real.__version__)
+    try:
+        model = open_model(bundle, "tensorrt", most_candidates=4)
+    except BackendError as error:
+        print("refused", error)
+        return
+    width, height = model.bundle.image_size
+    description = model.describe(np.zeros((height, width, 3), np.uint8))
+    print("tokens", description.tokens.dtype, description.tokens.shape)
+    candidates = np.zeros((10, *description.tokens.shape), np.float16)
+    scores, assignment = model.match(description.tokens, candidates)
+    # Four at a time: each part counts from zero.
+    print("scores", scores.astype(int).tolist(), assignment.shape, assignment.dtype)
+    alone, _ = model.match(description.tokens, candidates[:1])
+    print("one", alone.shape)
+    print("used", " ".join(sorted(USED)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
