@@ -19,7 +19,7 @@ from vpr_lite_ros.camera_file import read_camera
 from vpr_lite_ros.config import Config, make_config
 from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.detector import LoopDetector
-from vpr_lite_ros.inference import PlaceModel
+from vpr_lite_ros.inference import open_model
 from vpr_lite_ros.odometry import read_odometry
 from vpr_lite_ros.replay import CLOSURE_FIELDS, replay, replay_recording
 from vpr_lite_ros.simulation import simulate_drive
@@ -183,20 +183,21 @@ class _Breaks:
 def test_what_is_finished_is_kept(
     laps: Path,
     config: Config,
-    tiny_model: PlaceModel,
     tmp_path: Path,
     error: BaseException,
     said: str,
 ) -> None:
     whole = replay_recording(laps, tmp_path / "whole", config)
+    # As many threads, too: in another order sums round otherwise.
+    model = open_model(Path(config.bundle), config.backend, config.threads)
     database = KeyframeDatabase(
         "",
-        model_id=tiny_model.bundle.model_id,
-        dimension=tiny_model.bundle.dimension,
-        max_patches=tiny_model.bundle.max_patches,
+        model_id=model.bundle.model_id,
+        dimension=model.bundle.dimension,
+        max_patches=model.bundle.max_patches,
         session="replay",
     )
-    detector = LoopDetector(config, tiny_model, database)
+    detector = LoopDetector(config, model, database)
     source: Any = _Breaks(laps, 2 * PLACES - 2, error)
     run = replay(source, detector, tmp_path / "part")
     database.close()
