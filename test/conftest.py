@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from vpr_lite_ros.detector import LoopDetector
     from vpr_lite_ros.inference import PlaceModel
     from vpr_lite_ros.models.matcher import PairMatcher
     from vpr_lite_ros.models.place import PlaceNetwork
@@ -160,3 +161,47 @@ def tiny_model(tiny_bundle: Path) -> PlaceModel:
     from vpr_lite_ros.inference import open_model
 
     return open_model(tiny_bundle, "onnxruntime", threads=2)
+
+
+ALL_PASS = {
+    "similarity_threshold": -1.0,
+    "match_threshold": 0.0,
+    "min_matches": 0,
+    "min_inliers": 0,
+    "min_agreeing_keyframes": 1,
+    "min_time_gap_s": 0.0,
+    "min_closure_interval_s": 0.0,
+    "odometry.max_drift": 1000.0,
+    "odometry.place_radius_m": 1e6,
+    "keyframe.min_interval_s": 0.0,
+    "keyframe.max_similarity": 0.99,
+}
+"""Every check is off; tests turn on the one they are about."""
+
+
+@pytest.fixture
+def make_detector(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[..., LoopDetector]]:
+    """``make_detector(**{parameter: value})``; each has the same database file."""
+    from vpr_lite_ros.config import make_config
+    from vpr_lite_ros.database import KeyframeDatabase
+    from vpr_lite_ros.detector import LoopDetector
+
+    databases: list[KeyframeDatabase] = []
+
+    def make(session: str = "one", robot_id: int = 0, **values: object) -> LoopDetector:
+        bundle = tiny_model.bundle
+        databases.append(
+            KeyframeDatabase(
+                tmp_path / "keyframes.db",
+                model_id=bundle.model_id,
+                dimension=bundle.dimension,
+                max_patches=bundle.max_patches,
+                session=session,
+                robot_id=robot_id,
+            )
+        )
+        return LoopDetector(make_config({**ALL_PASS, **values}), tiny_model, databases[-1])
+
+    yield make
+    for database in databases:
+        database.close()

@@ -30,6 +30,8 @@ NODE_PARAMETERS = {
     "min_matches": 4,
     "min_inliers": 0,
     "min_agreeing_keyframes": 1,
+    # The road goes straight on for these seconds: odometry would rule every closure out.
+    "odometry.max_drift": 1000,
 }
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vpr_lite_ros.config import make_config
-from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, Pose
+from vpr_lite_ros.database import DatabaseError, Pose
 from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, Decision, LoopDetector
 from vpr_lite_ros.image import ImageError
 from vpr_lite_ros.inference import PlaceModel
@@ -21,43 +20,7 @@ Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
 
 SECOND = 1_000_000_000
-ALL_PASS = {
-    "similarity_threshold": -1.0,
-    "match_threshold": 0.0,
-    "min_matches": 0,
-    "min_inliers": 0,
-    "min_agreeing_keyframes": 1,
-    "min_time_gap_s": 0.0,
-    "keyframe.min_interval_s": 0.0,
-    "keyframe.max_similarity": 0.99,
-}
-"""Every check is off; tests turn on the one they are about."""
-
 MakeDetector = Callable[..., LoopDetector]
-
-
-@pytest.fixture
-def make_detector(tiny_model: PlaceModel, tmp_path: Any) -> Iterator[MakeDetector]:
-    """``make_detector(**{parameter: value})``; each has the same database file."""
-    databases: list[KeyframeDatabase] = []
-
-    def make(session: str = "one", robot_id: int = 0, **values: object) -> LoopDetector:
-        bundle = tiny_model.bundle
-        databases.append(
-            KeyframeDatabase(
-                tmp_path / "keyframes.db",
-                model_id=bundle.model_id,
-                dimension=bundle.dimension,
-                max_patches=bundle.max_patches,
-                session=session,
-                robot_id=robot_id,
-            )
-        )
-        return LoopDetector(make_config({**ALL_PASS, **values}), tiny_model, databases[-1])
-
-    yield make
-    for database in databases:
-        database.close()
 
 
 def _in_another_light(picture: Image) -> Image:

@@ -31,8 +31,15 @@ def _parameter(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
+    live: bool = False,
 ) -> Any:
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "live": live,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -41,21 +48,50 @@ class KeyframeConfig:
     """Which images become keyframes: only keyframes are described, looked up and stored."""
 
     min_interval_s: float = _parameter(
-        0.5, "A keyframe comes at least this long after the one before.", minimum=0, maximum=3600
+        0.5,
+        "A keyframe comes at least this long after the one before.",
+        minimum=0,
+        maximum=3600,
+        live=True,
     )
     min_translation_m: float = _parameter(
         0.5,
         "With odometry: a keyframe when the robot has moved this far since the last one, ...",
         minimum=0,
         maximum=1000,
+        live=True,
     )
-    min_rotation_rad: float = _parameter(0.3, "... or turned this far.", minimum=0, maximum=math.pi)
+    min_rotation_rad: float = _parameter(
+        0.3, "... or turned this far.", minimum=0, maximum=math.pi, live=True
+    )
     max_similarity: float = _parameter(
         0.9,
         "Without odometry: an image whose descriptor is closer than this (cosine) to the last "
         "keyframe's shows nothing new and is no keyframe. 1 keeps every image.",
         minimum=-1,
         maximum=1,
+        live=True,
+    )
+
+
+@dataclass(frozen=True)
+class OdometryConfig:
+    """How far odometry is believed, where there is odometry."""
+
+    max_drift: float = _parameter(
+        0.1,
+        "Odometry turns a closure down that puts the robot further from where odometry has it than "
+        "this share of the distance driven since, ...",
+        minimum=0,
+        maximum=1000,
+        live=True,
+    )
+    place_radius_m: float = _parameter(
+        15.0,
+        "... and these metres, within which two images may show one place.",
+        minimum=0,
+        maximum=1e6,
+        live=True,
     )
 
 
@@ -100,6 +136,11 @@ class Config:
     session_id: str = _parameter(
         "", "Name of this run, stored with its keyframes. Empty: date and time of the start."
     )
+    autostart: bool = _parameter(
+        True,
+        "Configure and activate the node at once. false: a lifecycle manager, or `ros2 lifecycle "
+        "set`, does it.",
+    )
     image_transport: str = _parameter(
         "raw",
         "raw subscribes to `image` (sensor_msgs/Image), compressed to `image/compressed`.",
@@ -109,7 +150,7 @@ class Config:
         "base_link", "Frame of the robot's body: frame_id of closures, frame of relative poses."
     )
     top_k: int = _parameter(
-        10, "Candidates that retrieval proposes for re-ranking.", minimum=1, maximum=1000
+        10, "Candidates that retrieval proposes for re-ranking.", minimum=1, maximum=1000, live=True
     )
     min_time_gap_s: float = _parameter(
         30.0,
@@ -117,21 +158,24 @@ class Config:
         "earlier sessions always do.",
         minimum=0,
         maximum=1e9,
+        live=True,
     )
     similarity_threshold: float = _parameter(
         NAN,
         "Least cosine of the global descriptors, -1..1. nan: what the model bundle recommends.",
         minimum=-1,
         maximum=1,
+        live=True,
     )
     match_threshold: float = _parameter(
         NAN,
         "Least match score (transported mass), 0..1. nan: what the model bundle recommends.",
         minimum=0,
         maximum=1,
+        live=True,
     )
     min_matches: int = _parameter(
-        12, "Least number of mutual patch matches.", minimum=0, maximum=100000
+        12, "Least number of mutual patch matches.", minimum=0, maximum=100000, live=True
     )
     min_inliers: int = _parameter(
         -1,
@@ -139,6 +183,7 @@ class Config:
         "of both images is known. -1: what the model bundle recommends.",
         minimum=-1,
         maximum=100000,
+        live=True,
     )
     target_precision: float = _parameter(
         0.95,
@@ -146,6 +191,7 @@ class Config:
         "the sequences it was calibrated on. Higher is safer and finds less; 0 accepts all.",
         minimum=0,
         maximum=1,
+        live=True,
     )
     epipolar_tolerance_px: float = _parameter(
         8.0,
@@ -153,6 +199,7 @@ class Config:
         "Patches are 16 px apart, so half of that is what one can ask for.",
         minimum=0.1,
         maximum=100,
+        live=True,
     )
     min_agreeing_keyframes: int = _parameter(
         3,
@@ -160,8 +207,18 @@ class Config:
         "leaves the node. 1 trusts a single one.",
         minimum=1,
         maximum=100,
+        live=True,
+    )
+    min_closure_interval_s: float = _parameter(
+        2.0,
+        "While the robot goes on along a stretch that it has recognised, closures leave the node "
+        "at least this long after each other. 0: every keyframe that is recognised is one.",
+        minimum=0,
+        maximum=1e9,
+        live=True,
     )
     keyframe: KeyframeConfig = field(default_factory=KeyframeConfig)
+    odometry: OdometryConfig = field(default_factory=OdometryConfig)
     qos: QosConfig = field(default_factory=QosConfig)
 
 
@@ -176,6 +233,8 @@ class Parameter:
     minimum: float | None
     maximum: float | None
     choices: tuple[str, ...]
+    live: bool
+    """Whether it may change while the detector runs."""
 
     def check(self, value: object) -> Value:
         """Return ``value`` in the parameter's type, or raise ``ConfigError``."""

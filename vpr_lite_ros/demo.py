@@ -53,8 +53,9 @@ NODE = "loop_closure"
 START_TIMEOUT_S = 60.0
 DECISION_TIMEOUT_S = 5.0
 FAREWELL_TIMEOUT_S = 20.0
-DRIVE_TIME_GAP_S = 20.0
-"""``min_time_gap_s`` on the demo drive, where a place comes again after 29 to 38 s."""
+DRIVE_SETTINGS = {"min_time_gap_s": 20.0, "min_closure_interval_s": 0.0}
+"""On the demo drive a place comes again after 29 to 38 s; every keyframe that is recognised is
+shown."""
 PICTURES = 3
 PICTURE_GAP_NS = 6_000_000_000
 """Pictures of found pairs show places at least this far apart in time."""
@@ -74,6 +75,8 @@ class Heard:
     """By stamp of each keyframe that was decided on, in order."""
     statuses: Counter[str] = field(default_factory=Counter)
     closures: list[LoopClosure] = field(default_factory=list)
+    held_back: list[LoopClosure] = field(default_factory=list)
+    """Recognised too soon after a closure to be one."""
     pictures: list[Path] = field(default_factory=list)
     diagnostics: dict[str, str] = field(default_factory=dict)
     model_id: str = ""
@@ -120,7 +123,7 @@ def run_demo(
         If the node does not start, dies or does not end well.
     """
     if bag is None:
-        settings = {"min_time_gap_s": DRIVE_TIME_GAP_S, **settings}
+        settings = {**DRIVE_SETTINGS, **settings}
     config = make_config(settings)
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("loop_*.jpg"), output / "trajectory.png", output / "report.json"):
@@ -403,6 +406,8 @@ class Player:
         self.heard.latency_ms[stamp_ns(message.header.stamp)] = message.latency_ms
         self.heard.statuses[Status(message.status).name] += 1
         self.heard.model_id = message.model_id
+        if message.status == Status.TOO_SOON:
+            self.heard.held_back.append(message)
         self._patient = True
 
     def _on_closure(self, message: LoopClosure) -> None:
@@ -476,13 +481,17 @@ def _judge(
 ) -> Record:
     """Precision and recall by true poses (N, 3) of the frames; draws them, too."""
     frame_of = {stamp: number for number, stamp in enumerate(heard.frames_ns)}
-    closures = [
-        (frame_of[stamp_ns(one.header.stamp)], frame_of.get(stamp_ns(one.match_stamp), -1))
-        for one in heard.closures
-    ]
+    closures, held_back = (
+        [
+            (frame_of[stamp_ns(one.header.stamp)], frame_of.get(stamp_ns(one.match_stamp), -1))
+            for one in messages
+        ]
+        for messages in (heard.closures, heard.held_back)
+    )
     truth = RadiusTruth(xyz, radius_m)
     queries = [frame_of[stamp] for stamp in heard.latency_ms]
-    evaluation = judge(truth, closures, queries, heard.frames_ns, config.min_time_gap_s)
+    gap_s = config.min_time_gap_s
+    evaluation = judge(truth, closures, queries, heard.frames_ns, gap_s, held_back)
     lines = [
         (query, match, bool(truth.same_place(query, np.array([match]))[0]))
         for query, match in closures

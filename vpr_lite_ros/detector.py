@@ -31,6 +31,8 @@ from vpr_lite_ros.matching import (
 
 AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many keyframes apart."""
+FASTEST_M_PER_S = 60.0
+"""Odometry that moves faster has been set anew: what it said before cannot be compared."""
 PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 
@@ -84,6 +86,12 @@ class Decision:
     """Milliseconds by stage: resize, place, search, match, verify, store."""
 
     @property
+    def recognised(self) -> Candidate | None:
+        """The closure, or what would be one had there not been one just before."""
+        wanted = Status.ACCEPTED, Status.TOO_SOON
+        return next((one for one in self.candidates if one.status in wanted), None)
+
+    @property
     def latency_ms(self) -> float:
         return sum(self.timings_ms.values())
 
@@ -100,8 +108,14 @@ class LoopDetector:
     """
 
     def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
-        self.config, self.model, self.database = config, model, database
-        recommended = model.bundle.card.get("thresholds", {})
+        self.model, self.database = model, database
+        self.configure(config)
+        self.forget()
+
+    def configure(self, config: Config) -> None:
+        """Judge by the parameters of ``config`` from the next image on."""
+        self.config = config
+        recommended = self.model.bundle.card.get("thresholds", {})
         self.similarity_threshold = config.similarity_threshold
         if math.isnan(self.similarity_threshold):
             self.similarity_threshold = float(recommended.get("similarity", -1.0))
@@ -111,7 +125,6 @@ class LoopDetector:
         self.min_inliers = config.min_inliers
         if self.min_inliers < 0:
             self.min_inliers = int(recommended.get("inliers", 0))
-        self.forget()
 
     def forget(self) -> None:
         """Start anew: the next image is a keyframe, nothing before it agrees with it."""
@@ -119,6 +132,10 @@ class LoopDetector:
         self._last_pose: Pose | None = None
         self._last_descriptor: NDArray[np.float32] | None = None
         self._passed_before: list[Candidate] = []
+        self._recognised: Keyframe | None = None
+        self._last_closure_ns: int | None = None
+        self._travelled_m = 0.0
+        self._travelled_at: dict[int, float] = {}
 
     def is_due(self, stamp_ns: int, pose: Pose | None) -> bool:
         """Whether an image taken now may be a keyframe, as far as time and odometry tell."""
@@ -168,14 +185,17 @@ class LoopDetector:
         if pose is None and not self._shows_something_new(description):
             return decision
 
+        self._drive(stamp_ns, pose)
         decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
-        passed = self._verify(description, camera, decision)
-        decision.closure = self._accept(passed)
+        passed = self._allowed_by_odometry(self._verify(description, camera, decision), pose)
+        decision.closure = self._accept(passed, stamp_ns)
 
         with _timed(decision, "store"):
             decision.keyframe_id = self.database.add(
                 stamp_ns, description, pose, camera, thumbnail(image)
             )
+        if pose is not None:
+            self._travelled_at[decision.keyframe_id] = self._travelled_m
         self._passed_before = passed
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
@@ -307,8 +327,50 @@ class LoopDetector:
                 return Status.LOW_CONFIDENCE
         return Status.NOT_BEST
 
-    def _accept(self, passed: list[Candidate]) -> Candidate | None:
-        """The best candidate to which enough keyframes in a row have pointed."""
+    def _drive(self, stamp_ns: int, pose: Pose | None) -> None:
+        """Add the way since the last keyframe to the distance driven, by odometry."""
+        if pose is None or self._last_pose is None or self._last_stamp_ns is None:
+            return
+        metres = math.dist(pose.position, self._last_pose.position)
+        if metres > FASTEST_M_PER_S * max(1.0, abs(stamp_ns - self._last_stamp_ns) / 1e9):
+            self._travelled_at.clear()
+        self._travelled_m += metres
+
+    def _allowed_by_odometry(self, passed: list[Candidate], pose: Pose | None) -> list[Candidate]:
+        """Turn down candidates that odometry, with the drift it may have, rules out."""
+        allowed = []
+        for candidate in passed:
+            then = self._travelled_at.get(candidate.keyframe.id)
+            known = candidate.keyframe.pose
+            if pose is not None and known is not None and then is not None:
+                apart = math.dist(pose.position, known.position)
+                drift = self.config.odometry.max_drift * (self._travelled_m - then)
+                if apart > self.config.odometry.place_radius_m + drift:
+                    candidate.status = Status.ODOMETRY
+                    continue
+            allowed.append(candidate)
+        return allowed
+
+    def _accept(self, passed: list[Candidate], stamp_ns: int) -> Candidate | None:
+        """The best candidate to which enough keyframes in a row have pointed, if it is news."""
+        agreeing = self._agreed(passed)
+        recognised_before, self._recognised = self._recognised, None
+        if not agreeing:
+            return None
+        best = max(agreeing, key=sureness)
+        self._recognised = best.keyframe
+        same_revisit = recognised_before and are_neighbours(recognised_before, best.keyframe)
+        if same_revisit and self._last_closure_ns is not None:
+            since_s = abs(stamp_ns - self._last_closure_ns) / 1e9
+            if since_s < self.config.min_closure_interval_s:
+                best.status = Status.TOO_SOON
+                return None
+        self._last_closure_ns = stamp_ns
+        best.status = Status.ACCEPTED
+        return best
+
+    def _agreed(self, passed: list[Candidate]) -> list[Candidate]:
+        """The candidates to whose stretch of the map enough keyframes in a row have pointed."""
         for candidate in passed:
             streaks = [
                 before.agreeing
@@ -322,11 +384,7 @@ class LoopDetector:
                 agreeing.append(candidate)
             else:
                 candidate.status = Status.NOT_CONSISTENT
-        if not agreeing:
-            return None
-        closure = max(agreeing, key=sureness)
-        closure.status = Status.ACCEPTED
-        return closure
+        return agreeing
 
 
 def sureness(candidate: Candidate) -> tuple[float, int]:

@@ -146,6 +146,7 @@ def score_closures(
     queries: Sequence[int],
     stamps_ns: Integers,
     min_gap_ns: int,
+    held_back: Sequence[tuple[int, int]] = (),
 ) -> ClosureScore:
     """Judge accepted closures.
 
@@ -154,6 +155,9 @@ def score_closures(
     closures
         Frame numbers (query, match); a match of -1 lies outside this sequence (a keyframe of an
         earlier session) and is not judged.
+    held_back
+        The same for queries that were recognised too soon after a closure to be one: those that
+        are true count as recalled.
     queries, stamps_ns, min_gap_ns
         As in ``findable``.
     """
@@ -163,6 +167,11 @@ def score_closures(
     correct = [int(query) for query, match in judged if truth.same_place(query, match[None]).all()]
     could = findable(truth, queries, stamps_ns, min_gap_ns)
     answered = set(correct)
+    answered |= {
+        query
+        for query, match in held_back
+        if match >= 0 and truth.same_place(query, np.array([match])).all()
+    }
     recalled = sum(query in answered for query, can in zip(queries, could, strict=True) if can)
     return ClosureScore(
         closures=len(judged),

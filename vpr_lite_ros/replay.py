@@ -70,6 +70,8 @@ class Run:
     """Frame number by id of the keyframe, in the order of storing."""
     closures: list[tuple[int, int]] = field(default_factory=list)
     """Frame numbers (query, match) of accepted closures; match -1: of another session."""
+    held_back: list[tuple[int, int]] = field(default_factory=list)
+    """The same of keyframes that were recognised too soon after a closure to be one."""
     statuses: Counter[str] = field(default_factory=Counter)
     """How many candidates came to which end."""
     latencies_ms: list[float] = field(default_factory=list)
@@ -228,9 +230,9 @@ def _note(run: Run, number: int, stamp_ns: int, name: str, decision: Decision) -
     run.statuses.update(candidate.status.name for candidate in decision.candidates)
     if not decision.candidates:
         run.statuses[Status.NO_CANDIDATE.name] += 1
-    if decision.closure is not None:
-        match = run.keyframes.get(decision.closure.keyframe.id, -1)
-        run.closures.append((number, match))
+    if (recognised := decision.recognised) is not None:
+        pairs = run.closures if decision.closure else run.held_back
+        pairs.append((number, run.keyframes.get(recognised.keyframe.id, -1)))
 
 
 def _records(run: Run, number: int, decision: Decision) -> list[Record]:
@@ -311,7 +313,8 @@ def _create(path: Path) -> TextIO:
 
 def _judge(run: Run, truth: GroundTruth, config: Config) -> Record:
     queries = list(run.keyframes.values())
-    return judge(truth, run.closures, queries, run.stamps_ns, config.min_time_gap_s)
+    gap_s = config.min_time_gap_s
+    return judge(truth, run.closures, queries, run.stamps_ns, gap_s, run.held_back)
 
 
 def source_camera(source: Source) -> Camera | None:

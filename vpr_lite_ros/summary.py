@@ -23,12 +23,13 @@ def judge(
     queries: Sequence[int],
     stamps_ns: Sequence[int],
     min_time_gap_s: float,
+    held_back: Sequence[tuple[int, int]] = (),
 ) -> Record:
     """Precision and recall of a run's closures, with what they mean.
 
     Parameters
     ----------
-    closures, queries, stamps_ns
+    closures, queries, stamps_ns, held_back
         As in ``evaluation.score_closures``.
     min_time_gap_s
         A place counts as seen before if it was seen at least this long ago.
@@ -44,7 +45,12 @@ def judge(
             "same seconds) or frame names belong to this recording?"
         )
     score = score_closures(
-        truth, closures, queries, np.asarray(stamps_ns, np.int64), round(min_time_gap_s * 1e9)
+        truth,
+        closures,
+        queries,
+        np.asarray(stamps_ns, np.int64),
+        round(min_time_gap_s * 1e9),
+        held_back,
     )
     return {
         "true_if": truth.definition,
