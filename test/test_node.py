@@ -459,7 +459,7 @@ def test_parameters_are_declared_with_descriptions(
     request = DescribeParameters.Request(names=names)
     found = robot.call(DescribeParameters, "describe_parameters", request).descriptors
     assert [descriptor.name for descriptor in found] == names
-    assert all(descriptor.description and descriptor.read_only for descriptor in found)
+    assert all(descriptor.description for descriptor in found)
     assert found[0].integer_range[0].to_value == 1000
 
 

@@ -17,9 +17,11 @@ PACKAGE = ROOT / "vpr_lite_ros"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
-ROS = ("node.py", "messages.py", "demo.py")  # the demo plays a drive into the node over DDS
+NODE = ("node.py", "node_inputs.py", "node_parameters.py")
+ROS = (*NODE, "messages.py", "demo.py")  # the demo plays a drive into the node over DDS
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "rclpy": ("node.py", "demo.py"),
+    "rclpy": (*NODE, "demo.py"),
+    "rcl_interfaces": NODE,
     "tf2_ros": ("node.py",),
     "sensor_msgs": (*ROS, "image.py"),
     "cv_bridge": ("image.py",),

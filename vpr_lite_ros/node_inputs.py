@@ -1,0 +1,174 @@
+"""What an active node listens to: images, their calibration, and odometry."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from nav_msgs.msg import Odometry
+from rclpy.clock import Clock
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CameraInfo, CompressedImage
+from sensor_msgs.msg import Image as ImageMessage
+
+from vpr_lite_ros import messages
+from vpr_lite_ros.config import Config
+from vpr_lite_ros.database import Pose
+from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.tally import Tally
+
+ODOMETRY_TOLERANCE_NS = 200_000_000
+"""An odometry pose this far from an image's stamp is not the image's."""
+GRAPH_PERIOD_S = 0.25
+"""How often to look whether publishers of images have come, and what QoS they offer."""
+SILENCE_S = 5.0
+"""Without an image for this long, something is wrong."""
+IMAGES_BEFORE_CAMERA_INFO = 30
+"""Calibration that has not come with so many images is said to be missing."""
+
+AnyImage: TypeAlias = ImageMessage | CompressedImage
+Say = Callable[[str, str], None]
+
+
+class Inputs:
+    """The subscriptions of ``node``, from now until ``close``.
+
+    Callbacks run in the executor's thread, ``pose_at`` and ``camera`` are for any.
+
+    Parameters
+    ----------
+    clock
+        Of the timer that watches publishers.
+    give
+        Takes each image.
+    say
+        Takes what a person should know, with a name under which it is said only once.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        config: Config,
+        clock: Clock,
+        tally: Tally,
+        give: Callable[[AnyImage], None],
+        say: Say,
+    ) -> None:
+        self._node, self._tally, self._give, self._say = node, tally, give, say
+        self._compressed = config.image_transport == "compressed"
+        self._wanted = config.qos.image
+        self.image_topic: str = node.resolve_topic_name(
+            "image/compressed" if self._compressed else "image"
+        )
+        self.camera: Camera | None = None
+        """Of the last calibration that came."""
+        self.odometry_frame = "odom"
+        self._poses: deque[tuple[int, Pose]] = deque(maxlen=1000)
+        self._lock = threading.Lock()
+        self._images: Subscription | None = None
+        self._reliability: ReliabilityPolicy | None = None
+        self._publishers_trouble = ""
+        # Odometry comes fast and must not be lost while an image is being taken.
+        odometry_qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
+        self._subscriptions = [
+            node.create_subscription(
+                CameraInfo, "camera_info", self._on_camera_info, qos_profile_sensor_data
+            ),
+            node.create_subscription(Odometry, "odom", self._on_odometry, odometry_qos),
+        ]
+        self._timer = node.create_timer(GRAPH_PERIOD_S, self._subscribe_to_images, clock=clock)
+        self._subscribe_to_images()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._node.destroy_timer(self._timer)
+        for subscription in (self._images, *self._subscriptions):
+            if subscription is not None:
+                self._node.destroy_subscription(subscription)
+
+    def pose_at(self, stamp_ns: int) -> Pose | None:
+        """The odometry pose nearest in time, if one is near enough."""
+        with self._lock:
+            poses = list(self._poses)
+        after = bisect.bisect_left(poses, stamp_ns, key=lambda item: item[0])
+        near = poses[max(0, after - 1) : after + 1]
+        if not near:
+            return None
+        stamp, pose = min(near, key=lambda item: abs(item[0] - stamp_ns))
+        return pose if abs(stamp - stamp_ns) <= ODOMETRY_TOLERANCE_NS else None
+
+    @property
+    def trouble(self) -> str:
+        """Why no image comes, as far as that can be told; empty while they do."""
+        silent_s = self._tally.silent_s
+        if self._publishers_trouble or silent_s < SILENCE_S:
+            return self._publishers_trouble
+        since = f"for {silent_s:.0f} s" if self._tally.images else "yet"
+        return f"{self.image_topic} has a publisher, but no image has arrived {since}"
+
+    def _subscribe_to_images(self) -> None:
+        """Subscribe as ``qos.image`` says, and anew when publishers come whose QoS asks for it."""
+        publishers = self._node.get_publishers_info_by_topic(self.image_topic)
+        offered = {publisher.qos_profile.reliability for publisher in publishers}
+        self._publishers_trouble = ""
+        if not publishers:
+            self._publishers_trouble = (
+                f"nobody publishes {self.image_topic}: does the camera's driver run, and is that "
+                "the topic it uses (image_topic, image_transport)?"
+            )
+        elif self._wanted == "reliable" and ReliabilityPolicy.BEST_EFFORT in offered:
+            self._publishers_trouble = (
+                f"{self.image_topic} is offered best_effort and asked for reliable: no image "
+                "comes through. Set qos.image to auto"
+            )
+        wanted = self._wanted
+        if wanted == "auto":
+            if not publishers:
+                return
+            wanted = "reliable" if offered == {ReliabilityPolicy.RELIABLE} else "best_effort"
+        reliability = ReliabilityPolicy[wanted.upper()]
+        if reliability == self._reliability:
+            return
+        if self._images is not None:
+            self._node.destroy_subscription(self._images)
+        kind: Any = CompressedImage if self._compressed else ImageMessage
+        # Deep enough that images are dropped, and counted, here and not by the middleware.
+        qos = QoSProfile(depth=10, reliability=reliability)
+        self._images = self._node.create_subscription(kind, self.image_topic, self._on_image, qos)
+        self._reliability = reliability
+        self._node.get_logger().info(f"listening to {self.image_topic}, {wanted}")
+
+    def _on_image(self, message: AnyImage) -> None:
+        self._tally.arrived()
+        self._give(message)
+        if self.camera is None and self._tally.images == IMAGES_BEFORE_CAMERA_INFO:
+            self._say(
+                "no camera_info",
+                f"no calibration on {self._node.resolve_topic_name('camera_info')}: closures are "
+                "not checked by epipolar geometry and have no relative pose",
+            )
+
+    def _on_camera_info(self, message: CameraInfo) -> None:
+        try:
+            self.camera = messages.to_camera(message)
+        except ValueError as error:
+            self._say("camera_info", f"camera_info is not used, no epipolar check: {error}")
+
+    def _on_odometry(self, message: Odometry) -> None:
+        try:
+            pose = messages.to_pose(message)
+        except ValueError as error:
+            self._say("odometry", f"an odometry message is not used: {error}")
+            return
+        stamp = messages.stamp_ns(message.header.stamp)
+        self._tally.count("odometry")
+        with self._lock:
+            if self._poses and stamp <= self._poses[-1][0]:
+                self._poses.clear()  # a bag that loops, a clock that was set
+            self._poses.append((stamp, pose))
+            self.odometry_frame = message.header.frame_id or "odom"
