@@ -15,6 +15,7 @@ DATA ?= ../shared/data/eval
 ARGS ?=
 
 ENV := source scripts/env.sh
+NODE_TESTS := test/test_node.py test/test_lifecycle.py
 
 .PHONY: help demo eval eval-data bench test lint build env env-test clean distclean
 
@@ -48,8 +49,8 @@ eval-data:
 # the training and inference libraries that the other tests load into theirs.
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
-	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py)
-	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py)
+	@$(ENV) && pytest $(or $(ARGS),$(NODE_TESTS:%=--ignore %))
+	@$(if $(ARGS),:,$(ENV) && pytest $(NODE_TESTS))
 
 lint: env-test
 	@echo '==> ruff and mypy'

@@ -30,6 +30,13 @@ ARGUMENTS = (
     ),
     ("camera_info_topic", "", "Camera calibration. Empty: `camera_info` in the namespace."),
     ("odom_topic", "", "Odometry. Empty: `odom` in the namespace."),
+    (
+        "other_keyframes_topic",
+        "",
+        "Keyframes of other robots, so that their places are recognised, too, e.g. "
+        "/robot2/keyframes. Empty: `other_keyframes` in the namespace.",
+    ),
+    ("robot_id", "", "Number of this robot, another one for each. Empty: as in params_file."),
     ("database_path", "", "File that keeps the keyframes. Empty: as in params_file."),
     ("bundle", "", "Folder of the model bundle. Empty: as in params_file."),
     ("backend", "", "What runs the networks, e.g. openvino. Empty: as in params_file."),
@@ -38,6 +45,11 @@ ARGUMENTS = (
         "",
         "true to take the time from /clock (simulators, bags played with --clock). "
         "Empty: as in params_file.",
+    ),
+    (
+        "autostart",
+        "",
+        "false: a lifecycle manager configures and activates the node. Empty: as in params_file.",
     ),
     ("log_level", "info", "Of the node: debug, info, warn, error or fatal."),
 )
@@ -50,7 +62,8 @@ def _path(text: str) -> str:
 
 def _remappings(arguments: dict[str, str]) -> list[tuple[str, str]]:
     """From the topics' names in the node to those that were asked for."""
-    topics = {name: arguments[f"{name}_topic"] for name in ("image", "camera_info", "odom")}
+    names = ("image", "camera_info", "odom", "other_keyframes")
+    topics = {name: arguments[f"{name}_topic"] for name in names}
     remappings = [(name, topic) for name, topic in topics.items() if topic]
     if topics["image"]:
         # A rule for `image` does not carry over to `image/compressed`.
@@ -58,18 +71,25 @@ def _remappings(arguments: dict[str, str]) -> list[tuple[str, str]]:
     return remappings
 
 
-def _overrides(arguments: dict[str, str]) -> dict[str, str | bool]:
+def _switch(arguments: dict[str, str], name: str) -> str | bool:
+    text = arguments[name].lower()
+    if text not in ("", "true", "false", "1", "0"):
+        raise ValueError(f"{name}:={text}: expected true or false")
+    return text and text in ("true", "1")
+
+
+def _overrides(arguments: dict[str, str]) -> dict[str, str | bool | int]:
     """The parameters that were given as arguments."""
-    given: dict[str, str | bool] = {
+    given: dict[str, str | bool | int] = {
         "image_transport": arguments["image_transport"],
         "backend": arguments["backend"],
         "database_path": _path(arguments["database_path"]),
         "bundle": _path(arguments["bundle"]),
     }
-    sim_time = arguments["use_sim_time"].lower()
-    if sim_time not in ("", "true", "false", "1", "0"):
-        raise ValueError(f"use_sim_time:={sim_time}: expected true or false")
-    given["use_sim_time"] = sim_time and sim_time in ("true", "1")
+    for name in ("use_sim_time", "autostart"):
+        given[name] = _switch(arguments, name)
+    if arguments["robot_id"]:
+        given["robot_id"] = int(arguments["robot_id"])
     return {name: value for name, value in given.items() if value != ""}
 
 

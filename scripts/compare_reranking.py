@@ -88,6 +88,9 @@ def compare(
     benchmark: Benchmark, ours: PlaceModel, plain: PlaceModel | None, xfeat: XFeat | None, most: int
 ) -> list[tuple[str, float, float, float]]:
     """Rows of (way, Recall@1, recall at 100% precision, milliseconds a candidate)."""
+    could = benchmark.findable(MIN_TIME_GAP_S)
+    if not could.any():
+        return []  # no place is seen twice
     size = ours.bundle.image_size
     frames: list[Seen] = []
     images = (frame for source in benchmark.sources for frame in read_frames(source))
@@ -98,7 +101,6 @@ def compare(
         points = xfeat(frame.image) if xfeat else None
         frames.append(Seen(described, plain.describe(fitted) if plain else described, points))
     found = list(look_up(benchmark, ours, min_time_gap_s=MIN_TIME_GAP_S, examine=most))
-    could = benchmark.findable(MIN_TIME_GAP_S)
     answers = [one.answer for one in found]
     # Matching is timed below; what confidence adds to it is the geometry of the matches.
     rows = [
@@ -172,11 +174,14 @@ def main() -> None:
     xfeat = XFeat(args.xfeat) if args.xfeat else None
     for benchmark in find_benchmarks(args.data):
         rows = compare(benchmark, ours, untrained, xfeat, args.candidates)
+        if not rows:
+            continue
         print(f"\n{benchmark.name}: {args.candidates} candidates\n")
         print("| order by | Recall@1 | recall at 100% precision | ms a candidate |")
         print("|---|---|---|---|")
         for name, recall, at_precision, milliseconds in rows:
-            print(f"| {name} | {recall:.3f} | {at_precision:.3f} | {milliseconds:.1f} |")
+            cost = "" if math.isnan(milliseconds) else f"{milliseconds:.1f}"
+            print(f"| {name} | {recall:.3f} | {at_precision:.3f} | {cost} |")
 
 
 if __name__ == "__main__":

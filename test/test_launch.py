@@ -17,9 +17,9 @@ rclpy = pytest.importorskip("rclpy")
 if shutil.which("ros2") is None:
     pytest.skip("no `ros2` command", allow_module_level=True)
 
-from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
+from sensor_msgs.msg import CompressedImage, Image
 
-LAUNCH = ("ros2", "launch", "vpr_lite_ros", "loop_closure.launch.py")
+LAUNCH = ("ros2", "launch", "vpr_lite_ros")
 # A domain of this file's own: other nodes on the machine are not seen, nor see these.
 DOMAIN = 71
 # Of the node to come up: the networks are loaded before the topics are made.
@@ -27,12 +27,14 @@ PATIENCE_S = 60.0
 
 
 @contextmanager
-def launched(log: Path, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+def launched(
+    log: Path, *arguments: str, file: str = "loop_closure.launch.py"
+) -> Iterator["subprocess.Popen[bytes]"]:
     """`ros2 launch` with these arguments, ended as with Ctrl-C."""
     environment = os.environ | {"ROS_DOMAIN_ID": str(DOMAIN)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*LAUNCH, *arguments],
+            [*LAUNCH, file, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -92,7 +94,12 @@ def parameters(observer: Any, node: str, names: list[str]) -> list[object]:
 
 
 def test_every_argument_is_described() -> None:
-    shown = subprocess.run([*LAUNCH, "--show-args"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [*LAUNCH, "loop_closure.launch.py", "--show-args"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in (
         "namespace",
         "params_file",
@@ -100,6 +107,9 @@ def test_every_argument_is_described() -> None:
         "image_transport",
         "camera_info_topic",
         "odom_topic",
+        "other_keyframes_topic",
+        "robot_id",
+        "autostart",
         "database_path",
         "bundle",
         "backend",
@@ -144,6 +154,7 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
         "image_topic:=/front/image_raw/compressed",
         "camera_info_topic:=/front/camera_info",
         "odom_topic:=odometry/filtered",
+        "robot_id:=4",
         "log_level:=debug",
     ) as process:
         expected = {
@@ -152,9 +163,48 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
             "/robot1/odometry/filtered",
         }
         wait_for(lambda: expected <= subscriptions(observer, "/robot1"), process, log)
-        names = ["top_k", "use_sim_time", "backend", "database_path", "image_transport"]
+        names = ["top_k", "use_sim_time", "backend", "database_path", "image_transport", "robot_id"]
         values = parameters(observer, "/robot1/loop_closure", names)
-        assert values == [7, True, "onnxruntime", str(database), "compressed"]
+        assert values == [7, True, "onnxruntime", str(database), "compressed", 4]
+    assert process.returncode == 0, log.read_text()
+
+
+def test_two_robots_hear_each_other(tmp_path: Path, observer: Any) -> None:
+    log = tmp_path / "log"
+    for robot in ("left", "right"):
+        observer.create_publisher(Image, f"/{robot}/image", 10)
+    arguments = ("first:=left", "second:=right", f"database_folder:={tmp_path}")
+    with launched(log, *arguments, file="two_robots.launch.py") as process:
+        for robot, other in (("left", "right"), ("right", "left")):
+            expected = {f"/{robot}/image", f"/{other}/keyframes"}
+            wait_for(
+                lambda robot=robot, expected=expected: (  # type: ignore[misc]
+                    expected <= subscriptions(observer, f"/{robot}")
+                ),
+                process,
+                log,
+            )
+        found = [
+            parameters(observer, f"/{robot}/loop_closure", ["robot_id", "database_path"])
+            for robot in ("left", "right")
+        ]
+        assert found == [[1, str(tmp_path / "left.db")], [2, str(tmp_path / "right.db")]]
+    assert process.returncode == 0, log.read_text()
+
+
+def test_without_autostart_it_waits_for_a_manager(tmp_path: Path, observer: Any) -> None:
+    from lifecycle_msgs.srv import GetState
+
+    log = tmp_path / "log"
+    with launched(log, "autostart:=false") as process:
+        client = observer.create_client(GetState, "/loop_closure/get_state")
+        wait_for(client.service_is_ready, process, log)
+        answer = client.call_async(GetState.Request())
+        executor = rclpy.executors.SingleThreadedExecutor(context=observer.context)
+        executor.add_node(observer)
+        executor.spin_until_future_complete(answer, timeout_sec=PATIENCE_S)
+        executor.shutdown()
+        assert answer.result().current_state.label == "unconfigured"
     assert process.returncode == 0, log.read_text()
 
 
