@@ -13,9 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from robot import Robot
+    from torch import Tensor
+
     from vpr_lite_ros.detector import LoopDetector
     from vpr_lite_ros.inference import PlaceModel
     from vpr_lite_ros.models.matcher import PairMatcher
+    from vpr_lite_ros.models.netvlad import Whitening
     from vpr_lite_ros.models.place import PlaceNetwork
 
 Image = NDArray[np.uint8]
@@ -133,14 +137,22 @@ def tiny_networks() -> tuple[PlaceNetwork, PairMatcher]:
             cells = F.normalize(place.local_features(torch.from_numpy(pictures)), dim=2)
             place.vlad.set_clusters(cells[:8, 17], sharpness=8.0)
             groups = cells[:, place.cells].flatten(0, 1)
-            vlad = place.vlad.aggregate(groups, place.vlad.soft_assign(groups))
-            mean = vlad.mean(dim=0)
-            _, deviations, components = torch.linalg.svd(vlad - mean, full_matrices=False)
-            # Half-whitened: ten pictures say little about the weaker directions but noise.
-            variances = (deviations**2 / len(vlad))[:TINY_DIMENSION]
-            variances = variances.clamp_min(float(variances[8]))
-            place.vlad.set_pca(mean, components[:TINY_DIMENSION], variances)
+            _whiten(place.vlad.pca, place.vlad.aggregate(groups, place.vlad.soft_assign(groups)))
+            _whiten(place.coarse, place.vlad(place.coarse_cells(torch.from_numpy(pictures))))
     return place, match
+
+
+def _whiten(whitening: Whitening, vlad: Tensor) -> None:
+    """Half-whitened: ten pictures say little about the weaker directions but noise."""
+    import torch
+
+    mean = vlad.mean(dim=0)
+    _, deviations, components = torch.linalg.svd(vlad - mean, full_matrices=True)
+    variances = torch.zeros(len(components))
+    variances[: len(deviations)] = deviations**2 / len(vlad)
+    dimension = whitening.out_features
+    variances = variances[:dimension].clamp_min(float(variances[8]))
+    whitening.set_pca(mean, components[:dimension], variances)
 
 
 @pytest.fixture(scope="session")
@@ -205,3 +217,30 @@ def make_detector(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[.
     yield make
     for database in databases:
         database.close()
+
+
+@pytest.fixture(scope="session")
+def ros_context() -> Iterator[Any]:
+    """ROS in this process; without it the test is skipped."""
+    from robot import rclpy
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    yield context
+    rclpy.shutdown(context=context)
+
+
+@pytest.fixture
+def make_robot(ros_context: Any, tiny_bundle: Path) -> Iterator[Callable[..., Robot]]:
+    """``make_robot(namespace, **parameters)``: a node under test, with its camera."""
+    from robot import Robot
+
+    robots: list[Robot] = []
+
+    def make(namespace: str = "/robot", **options: Any) -> Robot:
+        robots.append(Robot(ros_context, namespace, tiny_bundle, **options))
+        return robots[-1]
+
+    yield make
+    for robot in robots:
+        robot.close()

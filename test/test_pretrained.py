@@ -13,15 +13,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
 
-from vpr_lite_ros.export import CheckpointError, export_bundle  # noqa: E402
-from vpr_lite_ros.models.matcher import PairMatcher  # noqa: E402
-from vpr_lite_ros.models.place import PlaceNetwork  # noqa: E402
-from vpr_lite_ros.models.repvgg import RepVGGLite, standardise  # noqa: E402
-from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics  # noqa: E402
+from vpr_lite_ros.export import CheckpointError, export_bundle
+from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.place import PlaceNetwork
+from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
+from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
 
 Weights = dict[str, Tensor]
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
-from vpr_lite_ros.cli import main  # noqa: E402
-from vpr_lite_ros.export import load_networks, save_networks  # noqa: E402
-from vpr_lite_ros.inference import open_model  # noqa: E402
-from vpr_lite_ros.models.matcher import PairMatcher  # noqa: E402
-from vpr_lite_ros.models.place import PlaceNetwork  # noqa: E402
-from vpr_lite_ros.training.errors import TrainingError  # noqa: E402
-from vpr_lite_ros.training.files import image_files, read_rgb  # noqa: E402
-from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
-from vpr_lite_ros.training.match import (  # noqa: E402
+from vpr_lite_ros.cli import main
+from vpr_lite_ros.export import load_networks, save_networks
+from vpr_lite_ros.inference import open_model
+from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.place import PlaceNetwork
+from vpr_lite_ros.training.errors import TrainingError
+from vpr_lite_ros.training.files import image_files, read_rgb
+from vpr_lite_ros.training.loop import devices, read_checkpoint, train
+from vpr_lite_ros.training.match import (
     DUSTBIN,
     UNKNOWN,
     Match,
@@ -36,7 +36,7 @@ from vpr_lite_ros.training.match import (  # noqa: E402
     partners_by_points,
     partners_by_spots,
 )
-from vpr_lite_ros.training.xfeat import XFeat, correspondences  # noqa: E402
+from vpr_lite_ros.training.xfeat import XFeat, correspondences
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]

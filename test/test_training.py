@@ -20,33 +20,33 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
-from torch import Tensor  # noqa: E402
+from torch import Tensor
 
-from vpr_lite_ros.datasets import PlaceDataset, PlaceIds  # noqa: E402
-from vpr_lite_ros.export import CheckpointError, load_networks  # noqa: E402
-from vpr_lite_ros.inference import PlaceModel, open_model  # noqa: E402
-from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
-from vpr_lite_ros.training.augment import distort, random_crop  # noqa: E402
-from vpr_lite_ros.training.distill import Distill, DistillConfig  # noqa: E402
-from vpr_lite_ros.training.errors import TrainingError  # noqa: E402
-from vpr_lite_ros.training.files import image_files, read_rgb  # noqa: E402
-from vpr_lite_ros.training.fit import k_means, principal_components  # noqa: E402
-from vpr_lite_ros.training.loop import devices, read_checkpoint, train  # noqa: E402
-from vpr_lite_ros.training.recipe import (  # noqa: E402
+from vpr_lite_ros.datasets import PlaceDataset, PlaceIds
+from vpr_lite_ros.export import CheckpointError, load_networks
+from vpr_lite_ros.inference import PlaceModel, open_model
+from vpr_lite_ros.models.repvgg import RepVGGLite
+from vpr_lite_ros.training.augment import distort, random_crop
+from vpr_lite_ros.training.distill import Distill, DistillConfig
+from vpr_lite_ros.training.errors import TrainingError
+from vpr_lite_ros.training.files import image_files, read_rgb
+from vpr_lite_ros.training.fit import k_means, principal_components
+from vpr_lite_ros.training.loop import devices, read_checkpoint, train
+from vpr_lite_ros.training.recipe import (
     MatcherRecipe,
     PlaceRecipe,
     read_recipe,
     train_place,
 )
-from vpr_lite_ros.training.thresholds import (  # noqa: E402
+from vpr_lite_ros.training.thresholds import (
     Scores,
     least_threshold,
     recommend,
     score_labelled_sets,
     score_pairs,
 )
-from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss  # noqa: E402
-from vpr_lite_ros.training.views import Views, ViewsConfig  # noqa: E402
+from vpr_lite_ros.training.triplet import Triplet, TripletConfig, triplet_loss
+from vpr_lite_ros.training.views import Views, ViewsConfig
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]

@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
-from vpr_lite_ros.datasets import load_places  # noqa: E402
-from vpr_lite_ros.models.repvgg import RepVGGLite  # noqa: E402
-from vpr_lite_ros.training.corridor import (  # noqa: E402
+from vpr_lite_ros.datasets import load_places
+from vpr_lite_ros.models.repvgg import RepVGGLite
+from vpr_lite_ros.training.corridor import (
     AT_PICTURE,
     Corridor,
     Eye,
     some_corridor,
 )
-from vpr_lite_ros.training.loop import devices, train  # noqa: E402
-from vpr_lite_ros.training.pairs import _distinct_places  # noqa: E402
-from vpr_lite_ros.training.views import ViewPairs, Views, ViewsConfig  # noqa: E402
+from vpr_lite_ros.training.loop import devices, train
+from vpr_lite_ros.training.pairs import _distinct_places
+from vpr_lite_ros.training.views import ViewPairs, Views, ViewsConfig
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
