@@ -3,29 +3,37 @@
 ``python test/dry_tensorrt.py BUNDLE CASE [OLD NEW]`` runs the code that uses TensorRT against
 stand-ins: each stands for an object of a class of the bindings, refuses what that class does not
 have, and checks the arguments of each call against the signature that the bindings document.
-With OLD and NEW, that text of the code is replaced first. pycuda's memory is NumPy's.
+With OLD and NEW, that text of the code is replaced first. pycuda is ``dry_pycuda.py``.
 
 The bindings come from ``PYTHONPATH``, see scripts/tensorrt_bindings.sh.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.machinery
 import logging
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dry_pycuda
 import numpy as np
 import onnx
 import tensorrt_bindings as real
+from dry_pycuda import DeviceAllocation
 
 USED: set[str] = set()
 FAILS: set[str] = set()
-"""Names of methods that answer None or False."""
+"""Names of methods that answer None or False, and of classes of which none can be made."""
+FREED: list[str] = []
+"""Classes of the objects that are gone, in that order."""
+KEPT: list[Any] = []
+OF_THE_DEVICE = (real.IExecutionContext, real.ICudaEngine, real.Runtime)
 
 SIGNATURE = re.compile(r"^(?:\d+\. )?\w+\((.*)\) -> (.+)$", re.MULTILINE)
 DTYPES = {
@@ -102,6 +110,8 @@ class Dry:
 
     def __getattr__(self, name: str) -> Any:
         cls = self._real
+        if cls in OF_THE_DEVICE:
+            dry_pycuda.called(f"{cls.__name__}.{name}")
         full = f"{cls.__name__}.{name}"
         found = getattr(cls, name)
         USED.add(full)
@@ -131,6 +141,12 @@ class Dry:
             raise AttributeError(f"{self._real.__name__}.{name} cannot be set")
         self.state[name] = value
 
+    def __del__(self) -> None:
+        cls = object.__getattribute__(self, "_real")
+        if cls in OF_THE_DEVICE:
+            FREED.append(cls.__name__)
+            dry_pycuda.called(f"freeing {cls.__name__}")
+
     def __bytes__(self) -> bytes:
         if self._real is not real.IHostMemory:
             raise TypeError(f"{self._real.__name__} has no bytes")
@@ -147,6 +163,8 @@ class DryModule(types.ModuleType):
 
             def make(*given: Any, **named: Any) -> Dry:
                 check(name, found.__init__.__doc__, given, named)
+                if name in FAILS:
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
                 return Dry(found, network=given[0])
 
             return make
@@ -177,7 +195,7 @@ def build(_: Dry, network: Dry, config: Dry) -> Dry:
 
 
 def tensors(graph: Any) -> list[tuple[str, tuple[int, ...], str, bool]]:
-    """(name, shape with -1 where it varies, data type, whether it goes in)."""
+    """(name, shape with -1 where it varies, data type, whether it goes in) of a graph."""
     found = []
     for values, goes_in in ((graph.input, True), (graph.output, False)):
         for value in values:
@@ -187,8 +205,8 @@ def tensors(graph: Any) -> list[tuple[str, tuple[int, ...], str, bool]]:
     return found
 
 
-def tensor_of(engine: Dry, name: str) -> tuple[str, tuple[int, ...], str, bool]:
-    (found,) = [tensor for tensor in tensors(engine.state["graph"]) if tensor[0] == name]
+def tensor_of(graph: Any, name: str) -> tuple[str, tuple[int, ...], str, bool]:
+    (found,) = [tensor for tensor in tensors(graph) if tensor[0] == name]
     return found
 
 
@@ -199,26 +217,44 @@ def deserialise(_: Dry, content: bytes) -> Dry:
 
 def shape_now(execution: Dry, name: str) -> tuple[int, ...]:
     shape = tensor_of(execution.state["engine"], name)[1]
-    return tuple(execution.state.get("length", 1) if side < 0 else side for side in shape)
+    assert -1 not in shape or "length" in execution.state, "the shape is not set yet"
+    return tuple(execution.state["length"] if side < 0 else side for side in shape)
 
 
 def set_input_shape(execution: Dry, name: str, shape: tuple[int, ...]) -> bool:
     execution.state["length"] = shape[0]
-    return True
+    return bool(shape_now(execution, name) == shape)
+
+
+def bound(execution: Dry, tensor: tuple[str, tuple[int, ...], str, bool]) -> Any:
+    """A tensor's numbers, where its address says that they are."""
+    name, _, kind, _ = tensor
+    dtype = np.dtype(real.nptype(getattr(real.DataType, kind)))
+    shape = shape_now(execution, name)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = dry_pycuda.memory_at(execution.state["addresses"][name], size)
+    return memory.view(dtype).reshape(shape)
 
 
 def execute(execution: Dry, stream: int) -> bool:
-    """Outputs count the candidates, so that parts can be told from each other."""
-    addresses = execution.state["addresses"]
-    for name, *_ in (
-        one for one in tensors(execution.state["engine"].state["graph"]) if not one[3]
-    ):
-        memory = MEMORY[addresses[name]]
-        shape = shape_now(execution, name)
-        dtype = real.nptype(getattr(real.DataType, tensor_of(execution.state["engine"], name)[2]))
-        values = np.zeros(shape, dtype)
-        values[...] = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-        memory[: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+    """Each output is the first input's first number, times 100, and the last one's, item by item.
+
+    So it shows whether everything came from where it should, in time and whole.
+    """
+    found = tensors(execution.state["engine"])
+
+    def work() -> None:
+        ends = [bound(execution, one) for one in found if one[3]]
+        numbers = sum(
+            factor * end.reshape(len(end), -1)[:, 0].astype(np.float32)
+            for factor, end in ((100, ends[0]), (1, ends[-1]))
+        )
+        for one in found:
+            if not one[3]:
+                out = bound(execution, one)
+                out[...] = numbers.reshape(-1, *[1] * (out.ndim - 1))
+
+    dry_pycuda.STREAMS[stream].waiting.append(work)
     return True
 
 
@@ -252,15 +288,18 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "Runtime.deserialize_cuda_engine": deserialise,
     "ICudaEngine.num_io_tensors": lambda engine: len(tensors(engine.state["graph"])),
     "ICudaEngine.get_tensor_name": lambda engine, index: tensors(engine.state["graph"])[index][0],
-    "ICudaEngine.get_tensor_shape": lambda engine, name: tensor_of(engine, name)[1],
+    "ICudaEngine.get_tensor_shape": lambda engine, name: tensor_of(engine.state["graph"], name)[1],
     "ICudaEngine.get_tensor_dtype": lambda engine, name: getattr(
-        real.DataType, tensor_of(engine, name)[2]
+        real.DataType, tensor_of(engine.state["graph"], name)[2]
     ),
     "ICudaEngine.get_tensor_mode": lambda engine, name: (
-        real.TensorIOMode.INPUT if tensor_of(engine, name)[3] else real.TensorIOMode.OUTPUT
+        real.TensorIOMode.INPUT
+        if tensor_of(engine.state["graph"], name)[3]
+        else real.TensorIOMode.OUTPUT
     ),
+    # It does not keep its engine alive, as it does in C++.
     "ICudaEngine.create_execution_context": lambda engine: Dry(
-        real.IExecutionContext, engine=engine
+        real.IExecutionContext, engine=engine.state["graph"]
     ),
     "IExecutionContext.set_input_shape": set_input_shape,
     "IExecutionContext.get_tensor_shape": shape_now,
@@ -269,62 +308,12 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
-# pycuda, its memory in RAM.
-
-MEMORY: dict[int, Any] = {}
-FREED: list[int] = []
-
-
-class Allocation:
-    def __init__(self, size: int) -> None:
-        self.address = 4096 * (1 + len(MEMORY))
-        MEMORY[self.address] = np.zeros(size, np.uint8)
-
-    def __int__(self) -> int:
-        return self.address
-
-    def free(self) -> None:
-        FREED.append(self.address)
-
-
-def copy_in(to: Allocation, array: Any, stream: Any) -> None:
-    assert array.flags.c_contiguous
-    MEMORY[int(to)][: array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
-
-
-def copy_out(array: Any, source: Allocation, stream: Any) -> None:
-    assert array.flags.c_contiguous
-    array[...] = np.frombuffer(MEMORY[int(source)][: array.nbytes].tobytes(), array.dtype).reshape(
-        array.shape
-    )
-
-
 def install(source: Path, replacement: tuple[str, str] | None) -> None:
     """Put the stand-ins where imports find them."""
-    driver = types.ModuleType("pycuda.driver")
-    names: dict[str, Any] = {
-        "Error": type("Error", (Exception,), {}),
-        "init": lambda: None,
-        "Device": lambda number: types.SimpleNamespace(
-            name=lambda: "Dry GPU (8 GB)",
-            retain_primary_context=lambda: types.SimpleNamespace(
-                push=lambda: None, pop=lambda: None, detach=lambda: None
-            ),
-        ),
-        "Stream": lambda: types.SimpleNamespace(handle=7, synchronize=lambda: None),
-        "pagelocked_empty": np.zeros,
-        "mem_alloc": Allocation,
-        "memcpy_htod_async": copy_in,
-        "memcpy_dtoh_async": copy_out,
-    }
-    for name, value in names.items():
-        setattr(driver, name, value)
-    package = types.ModuleType("pycuda")
-    package.driver = driver  # type: ignore[attr-defined]
-    modules = {"pycuda": package, "pycuda.driver": driver, "tensorrt": DryModule("tensorrt")}
-    for name, module in modules.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules[name] = module
+    dry_pycuda.install()
+    module = DryModule("tensorrt")
+    module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    sys.modules["tensorrt"] = module
     if replacement:
         text = source.read_text()
         assert replacement[0] in text
@@ -334,31 +323,94 @@ def install(source: Path, replacement: tuple[str, str] | None) -> None:
         exec(compile(text.replace(*replacement), str(source), "exec"), changed.__dict__)
 
 
+def tell_what_was_freed() -> None:
+    print("freed", " ".join(FREED), "problems", dry_pycuda.PROBLEMS)
+
+
+def say_where_is_written() -> None:
+    write = Path.write_bytes
+
+    def write_and_say(path: Path, content: Any) -> int:
+        print("writes", path.suffix)
+        return write(path, content)
+
+    Path.write_bytes = write_and_say  # type: ignore[method-assign, assignment]
+
+
 def main(bundle: Path, case: str, *replacement: str) -> None:
     """Print what was seen; the test reads it."""
     import vpr_lite_ros
     from vpr_lite_ros.inference import BackendError, open_model
 
+    # Exit runs last what was registered first.
+    atexit.register(tell_what_was_freed)
+    say_where_is_written()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
     source = Path(vpr_lite_ros.__file__).parent / "tensorrt_runner.py"
     install(source, (replacement[0], replacement[1]) if replacement else None)
-    FAILS.update({"parse", "build_serialized_network", "deserialize_cuda_engine"} & {case})
+    FAILS.add(case)
+    if case == "full":  # The first engine has room, the second has not.
+        DeviceAllocation.most = 70_000
     print("release", real.__version__)
     try:
-        model = open_model(bundle, "tensorrt", most_candidates=4)
+        model = open_model(bundle, "tensorrt", most_candidates=4, behind=case == "behind")
     except BackendError as error:
         print("refused", error)
+        model = None
+    if model is None:
+        tell_what_is_kept()
         return
-    width, height = model.bundle.image_size
-    description = model.describe(np.zeros((height, width, 3), np.uint8))
-    print("tokens", description.tokens.dtype, description.tokens.shape)
-    candidates = np.zeros((10, *description.tokens.shape), np.float16)
-    scores, assignment = model.match(description.tokens, candidates)
-    # Four at a time: each part counts from zero.
-    print("scores", scores.astype(int).tolist(), assignment.shape, assignment.dtype)
-    alone, _ = model.match(description.tokens, candidates[:1])
-    print("one", alone.shape)
+    if case == "behind":
+        wait_for("change over")
+        describe(model, 3)
+        print("then", model.backend, model.fault)
+        tell_what_is_kept()
+        return
+    use(model)
+    again = open_model(bundle, "tensorrt", most_candidates=4)
+    print("threads", [thread.name for thread in threading.enumerate()].count("gpu"))
+    # The first is dropped, the second is there until the interpreter ends.
+    KEPT.append(again)
+    both = len(dry_pycuda.MEMORY)
+    del model
+    tell_what_is_kept()
+    print("of", both, "on", again.backend)
     print("used", " ".join(sorted(USED)))
+
+
+def wait_for(name: str) -> None:
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join()
+
+
+def tell_what_is_kept() -> None:
+    """On the device and on the host, once the device's thread has nothing left to do."""
+    gpu = sys.modules["vpr_lite_ros.tensorrt_runner"].__dict__["first_gpu"]
+    if gpu.cache_info().currsize:
+        gpu().run(lambda: None)
+    print("kept", len(dry_pycuda.MEMORY), len(dry_pycuda.PINNED))
+
+
+def describe(model: Any, colour: int) -> Any:
+    width, height = model.bundle.image_size
+    return model.describe(np.full((height, width, 3), colour, np.uint8))
+
+
+def use(model: Any) -> None:
+    """What comes out tells what went in, see ``execute``."""
+    for colour in (3, 5):
+        found = describe(model, colour)
+        print("described", colour, float(found.descriptor[0]), float(found.tokens[0, 0]))
+    print("tokens", found.tokens.dtype, found.tokens.shape)
+    candidates = np.zeros((10, *found.tokens.shape), np.float16)
+    candidates += np.arange(10, dtype=np.float16)[:, None, None]
+    query = np.full_like(found.tokens, 2)
+    scores, assignment = model.match(query, candidates)
+    alone, _ = model.match(query, candidates[:1])
+    # Four at a time; what was returned before stays as it is.
+    print("scores", scores.astype(int).tolist(), assignment.shape, assignment.dtype)
+    print("one", alone.shape)
 
 
 if __name__ == "__main__":

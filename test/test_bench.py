@@ -65,6 +65,48 @@ def test_ratios_are_of_the_fastest_backend() -> None:
         "Patch-NetVLAD pair / match of a candidate": 40,
     }
     assert bench._ratios({"backends": {}}) == {}
+    # On a GPU, of the system that is done first with both.
+    report["gpu"] = {
+        "systems": {
+            "torch": {"extract": stage(1), "match": stage(20)},
+            "tensorrt": {"extract": stage(2), "match": stage(10)},
+            "Patch-NetVLAD": {"extract": stage(50), "match": stage(1000)},
+        }
+    }
+    ratios = bench._ratios(report)
+    assert ratios["Patch-NetVLAD extract / extract, on the GPU"] == 25
+    assert ratios["Patch-NetVLAD match / match, on the GPU"] == 100
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_systems_are_timed_on_one_device(tiny_bundle: Path, device: str) -> None:
+    import torch
+
+    found = bench._bench_gpu(tiny_bundle, device, 2, candidates=3, dimension=32)
+    if device == "cuda" and not torch.cuda.is_available():
+        assert found is None, "without a GPU nothing is said of one"
+        pytest.skip(f"torch {torch.__version__} finds no NVIDIA GPU")
+    assert found is not None and found["candidates"] == 3
+    assert {name.split(",")[0] for name in found["systems"]} >= {"torch", "Patch-NetVLAD"}
+    for system in found["systems"].values():
+        assert set(system) == {"extract", "match"}
+        assert all(0 < one["p50"] <= one["p95"] for one in system.values())
+    stages = {name: stage(1) for name in ("resize", "describe", "match 10")}
+    report: dict[str, Any] = {
+        "machine": {"cpu": "a CPU", "cores": 2, "instructions": []},
+        **{"model_id": "tiny", "repeats": 2, "top_k": 10, "costs": {}, "baseline": {}},
+        "backends": {"openvino": {"stages": stages, "peak_memory_mb": 1}},
+        "search": {f"{count} keyframes": stage(1) for count in bench.SEARCHED},
+        "gpu": found | {"name": "NVIDIA GPU of the test", "left_out": {"tensorrt": "no TensorRT"}},
+    }
+    report["ratios"] = bench._ratios(report)
+    text = bench.describe(report)
+    assert "NVIDIA GPU of the test, an image and 3 candidates" in text
+    assert "\n  tensorrt: no TensorRT\n" in text
+    for name, least in (("extract / extract", 21), ("match / match", 33)):
+        assert f"at least {least}, aim 100" in next(
+            line for line in text.splitlines() if f"Patch-NetVLAD {name}, on the GPU" in line
+        )
 
 
 def test_patch_netvlad_is_as_large_as_the_paper_says() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -20,6 +21,7 @@ import yaml
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from vpr_lite_ros import inference
 from vpr_lite_ros.export import CheckpointError, export_bundle, load_networks, save_networks
 from vpr_lite_ros.inference import (
     BACKENDS,
@@ -357,9 +359,58 @@ def test_an_unknown_backend_is_named(tiny_bundle: Path) -> None:
     assert all(backend in str(caught.value) for backend in ("auto", *BACKENDS))
 
 
-def test_auto_takes_the_first_backend_that_is_installed(tiny_bundle: Path) -> None:
+def test_auto_takes_the_first_backend_that_can_be_used(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("openvino")
+    monkeypatch.setattr(inference, "_engines", _refuse)
     assert open_model(tiny_bundle).backend == "openvino"
+    # A GPU on which no engine can be built.
+    monkeypatch.setattr(inference, "_engines", lambda *_: _refuse)
+    assert open_model(tiny_bundle).backend == "openvino"
+    with pytest.raises(BackendError, match="of no use here"):
+        open_model(tiny_bundle, "tensorrt")
+    # Installed, but of no use.
+    monkeypatch.setitem(BACKENDS, "openvino", _refuse)
+    assert open_model(tiny_bundle).backend == "onnxruntime"
+    assert "of no use here: another is tried" in caplog.text
+    monkeypatch.setitem(BACKENDS, "onnxruntime", _refuse)
+    with pytest.raises(BackendError, match="no inference backend can be used: pip install"):
+        open_model(tiny_bundle)
+
+
+def _refuse(*_: Any) -> Any:
+    raise BackendError("of no use here")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "started", "said"),
+    [
+        (["CPUExecutionProvider"], [], "this onnxruntime is for the CPU alone. pip uninstall"),
+        (["CUDAExecutionProvider"], ["CPUExecutionProvider"], "does not reach an NVIDIA GPU"),
+        (["CUDAExecutionProvider"], None, r"NVIDIA GPU \(CUDA failure 35\)"),
+    ],
+)
+def test_onnx_runtime_does_not_take_the_cpu_for_a_gpu(
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: list[str],
+    started: list[str] | None,
+    said: str,
+) -> None:
+    """``started``: what a session then has; None if it fails to start."""
+
+    def start(graph: Path, options: Any, providers: list[str], enable_fallback: int) -> Any:
+        assert (providers, enable_fallback) == (["CUDAExecutionProvider"], 0)
+        if started is None:
+            raise RuntimeError("CUDA failure 35")
+        return SimpleNamespace(get_providers=lambda: started)
+
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: compiled)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    with pytest.raises(BackendError, match=said):
+        open_model(tiny_bundle, "onnxruntime-cuda")
 
 
 def test_a_backend_that_is_not_installed_is_named(tiny_bundle: Path) -> None:
@@ -404,10 +455,10 @@ import sys
 from pathlib import Path
 import numpy as np
 import vpr_lite_ros.detector
-from vpr_lite_ros.inference import BACKENDS, load_bundle, open_model
+from vpr_lite_ros.inference import load_bundle, open_model
 bundle = Path({str(tiny_bundle)!r})
 width, height = load_bundle(bundle).image_size
-for backend in BACKENDS:
+for backend in ("openvino", "onnxruntime"):
     model = open_model(bundle, backend, 1)
     tokens = model.describe(np.zeros((height, width, 3), np.uint8)).tokens
     model.match(tokens, tokens[None])

@@ -44,9 +44,13 @@ def dry(tiny_bundle: Path, tmp_path: Path) -> Callable[..., str]:
         if not (folder / "made").exists():
             pytest.skip(f"no bindings of TensorRT {release}: run scripts/tensorrt_bindings.sh")
         environment = dict(os.environ)
-        for variable, value in (("LD_LIBRARY_PATH", folder / "lib"), ("PYTHONPATH", folder)):
+        here = str(Path(__file__).parent)  # for dry_pycuda
+        for variable, added in (
+            ("LD_LIBRARY_PATH", [str(folder / "lib")]),
+            ("PYTHONPATH", [str(folder), here]),
+        ):
             before = environment.get(variable, "")
-            environment[variable] = os.pathsep.join(filter(None, [str(value), before]))
+            environment[variable] = os.pathsep.join(filter(None, [*added, before]))
         environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
         command = [sys.executable, str(Path(__file__).with_name("dry_tensorrt.py"))]
         command += [str(tiny_bundle), case, *replacement]
@@ -61,26 +65,66 @@ def engines(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache" / "vpr_lite_ros" / "engines").glob("*.engine"))
 
 
+def assert_sound(said: str, release: str, tmp_path: Path) -> None:
+    """All that a dry run with an empty folder of engines must show."""
+    assert "building place-" in said and "building match-" in said and "Building: 50%" in said
+    assert "Traceback" not in said
+    # Everything came from where it should, in time, and stays as it was.
+    assert "described 3 303.0 303.0\ndescribed 5 505.0 505.0\ntokens float16 (20, 64)" in said
+    # Ten candidates, four at a time.
+    assert f"scores {list(range(200, 210))} (10, 20, 20) float32" in said and "one (1,)" in said
+    # Two models share a thread; the memory of one goes with it.
+    assert "threads 1\nkept 8 8\nof 16 on tensorrt\n" in said
+    freed = " ".join(["IExecutionContext ICudaEngine"] * 4)
+    assert f"freed {freed} Runtime problems []" in said
+    files = engines(tmp_path)
+    assert [file.name.split("-")[0] for file in files] == ["match", "place"]
+    assert all(f"trt{release}-Dry_GPU_8_GB_" in file.name for file in files)
+    assert said.count("writes .tmp") == said.count("writes ") == 4
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_call_exists_with_that_signature(
     dry: Callable[..., str], release: str, tmp_path: Path
 ) -> None:
     first = dry(release)
-    assert "building place-" in first and "building match-" in first and "Building: 50%" in first
-    assert "Traceback" not in first
-    used = first.split("\nused ")[1].split()
-    assert {"OnnxParser.parse", "Builder.build_serialized_network"} <= set(used)
-    assert {"IOptimizationProfile.set_shape", "ITimingCache.serialize"} <= set(used)
-    assert {"IExecutionContext.set_tensor_address", "IExecutionContext.execute_async_v3"} <= set(
-        used
-    )
-    # Ten candidates, four at a time.
-    assert "scores [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]" in first and "one (1,)" in first
-    files = engines(tmp_path)
-    assert [file.name.split("-")[0] for file in files] == ["match", "place"]
-    assert all(f"trt{release}-Dry_GPU_8_GB_" in file.name for file in files)
+    assert_sound(first, release, tmp_path)
+    used = set(first.split("\nused ")[1].split())
+    assert {"OnnxParser.parse", "Builder.build_serialized_network"} <= used
+    assert {"IOptimizationProfile.set_shape", "ITimingCache.serialize"} <= used
+    assert {"IExecutionContext.set_tensor_address", "IExecutionContext.execute_async_v3"} <= used
     second = dry(release)
     assert "building" not in second and "scores" in second
+
+
+BREAKS = {
+    "another address": ("int(self._device[name])", "int(self._device[self._inputs[0]])"),
+    "not waited for": ("        stream.synchronize()\n", ""),
+    "another length": ("(name, host.shape)", "(name, self._host[name].shape)"),
+    "another type": ("trt.nptype(self._engine.get_tensor_dtype(name))", "np.float32"),
+    "another thread": (
+        "self._gpu.run(partial(self._engine.infer, part))",
+        "self._engine.infer(part)",
+    ),
+    "engine freed first": (
+        "self._execution = None\n        self._engine = None",
+        "self._engine = None\n        self._execution = None",
+    ),
+    "freed by another thread": ("gpu.release, self._engine", "self._engine.free"),
+    "freed after the context": ("self._engines.pop().free()", "self._engines.pop()"),
+    "memory not the caller's": ("array.copy()", "array"),
+    "memory not pinned": ("cuda.pagelocked_empty", "np.empty"),
+    "file of any GPU": ("-{re.sub(r'[^A-Za-z0-9]+', '_', gpu_name)}", ""),
+    "file not renamed": ('file.with_name(f"{file.name}.{os.getpid()}.tmp")', "file"),
+    "a thread for each model": ("@functools.cache\n", ""),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_what_is_broken_is_noticed(dry: Callable[..., str], what: str, tmp_path: Path) -> None:
+    said = dry(RELEASES[1], "plain", *BREAKS[what])
+    with pytest.raises(AssertionError):
+        assert_sound(said, RELEASES[1], tmp_path)
 
 
 def test_a_name_of_one_release_only_is_noticed(dry: Callable[..., str]) -> None:
@@ -109,6 +153,10 @@ def test_a_damaged_engine_is_built_anew(dry: Callable[..., str], tmp_path: Path)
         said = dry(RELEASES[1])
         assert f"{place} is damaged: made anew" in said and "building place-" in said
         assert "scores" in said and place.read_bytes() == whole
+    # Without the check TensorRT would be given it.
+    place.write_bytes(damage)
+    unchecked = "hashlib.sha256(payload).digest()", "content[len(_MAGIC) : head]"
+    assert "is damaged" not in dry(RELEASES[1], "plain", *unchecked)
     assert not list(place.parent.glob("*.tmp"))
 
 
@@ -126,6 +174,33 @@ def test_what_tensorrt_refuses_is_said(dry: Callable[..., str], tmp_path: Path) 
     assert "refused TensorRT cannot read its own engine" in said
 
 
+@pytest.mark.parametrize("name", ["Runtime", "Builder", "OnnxParser"])
+def test_tensorrt_that_does_not_start_is_said(dry: Callable[..., str], name: str) -> None:
+    said = dry(RELEASES[1], name)
+    assert f"TensorRT {RELEASES[1]} does not start: pybind11::init()" in said
+    assert "kept 0 0" in said and "problems []" in said and "Traceback" not in said
+
+
+def test_a_full_gpu_is_said_and_emptied(dry: Callable[..., str]) -> None:
+    said = dry(RELEASES[1], "full")
+    assert "refused Dry GPU (8 GB) has no room for match.onnx: cuMemAlloc failed" in said
+    assert "kept 0 0" in said and "problems []" in said and "Traceback" not in said
+    assert "kept 4 4" in dry(RELEASES[1], "full", "            del done\n", "            pass\n")
+
+
+def test_engines_that_are_not_used_are_freed(dry: Callable[..., str]) -> None:
+    # What the stand-ins compute is not what the CPU does.
+    said = dry(RELEASES[1], "behind")
+    assert "then openvino tensorrt describes an image otherwise" in said
+    assert "kept 0 0" in said and "problems []" in said and "Traceback" not in said
+
+
+def test_timings_that_do_not_fit_cost_no_engine(dry: Callable[..., str]) -> None:
+    for call in ("create_timing_cache", "set_timing_cache", "get_timing_cache"):
+        said = dry(RELEASES[1], call)
+        assert "scores [200, 201" in said and "Traceback" not in said
+
+
 def test_without_tensorrt_the_cpu_is_used_and_the_reason_given(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,7 +208,7 @@ def test_without_tensorrt_the_cpu_is_used_and_the_reason_given(
         pytest.skip("this machine has TensorRT")
     with caplog.at_level("INFO", "vpr_lite_ros"):
         assert open_model(tiny_bundle, behind=True).backend == "openvino"
-    assert "on the CPU" in caplog.text
+    assert "on the CPU, with openvino" in caplog.text
     with pytest.raises(BackendError, match=r"no TensorRT|TensorRT cannot be used|no NVIDIA GPU"):
         open_model(tiny_bundle, "tensorrt")
 

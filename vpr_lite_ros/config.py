@@ -117,10 +117,10 @@ class Config:
     )
     backend: str = _parameter(
         "auto",
-        "What runs the networks. auto: TensorRT if there is an NVIDIA GPU, else the faster of the "
-        "others that are installed. While TensorRT's engines are built, which takes minutes and "
-        "happens once, the CPU answers.",
-        choices=("auto", "tensorrt", "openvino", "onnxruntime"),
+        "What runs the networks. auto: with an NVIDIA GPU TensorRT, or else ONNX Runtime on it, if "
+        "installed; without, the faster of the others. While TensorRT's engines are built, which "
+        "takes minutes and happens once, the CPU answers.",
+        choices=("auto", "tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime"),
     )
     threads: int = _parameter(
         0, "CPU threads of the networks. 0: as many as there are cores.", minimum=0, maximum=256

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import threading
@@ -29,7 +30,7 @@ PLACE_GRAPH = "place.onnx"
 MATCH_GRAPH = "match.onnx"
 CARD = "model.yaml"
 BUNDLE_FORMAT = 2
-TENSORRT = "tensorrt"
+TENSORRT, ONNXRUNTIME_CUDA = "tensorrt", "onnxruntime-cuda"
 ALIKE_COSINE, ALIKE_SCORE = 0.999, 0.02
 """How alike two backends must describe an image, and score its match with itself."""
 DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v4"
@@ -195,24 +196,30 @@ def open_model(
         If the backend is unknown, not installed or finds no device.
     """
     bundle = load_bundle(path)
-    engines = None
+    engines, reason = None, ""
     if backend in ("auto", TENSORRT):
         try:
             engines = _engines(bundle, most_candidates)
         except BackendError as error:
             if backend == TENSORRT:
                 raise
-            log.info("%s: on the CPU", error)
+            reason = str(error)
     if engines is not None and not behind:
-        return PlaceModel(bundle, *engines())
-    open_runner = _choose_backend("auto" if backend == TENSORRT else backend)
-    model = PlaceModel(
-        bundle,
-        open_runner(path / PLACE_GRAPH, threads),
-        open_runner(path / MATCH_GRAPH, threads),
-    )
-    if engines is not None:
-        model.change_over(engines)
+        try:
+            return PlaceModel(bundle, *engines())
+        except BackendError as error:
+            if backend == TENSORRT:
+                raise
+            engines, reason = None, str(error)
+    if engines is None:
+        model = PlaceModel(bundle, *_open_runners(path, backend, threads))
+        if reason:
+            place = "GPU" if model.backend == ONNXRUNTIME_CUDA else "CPU"
+            log.info("%s: on the %s, with %s", reason, place, model.backend)
+        return model
+    # Not on the GPU meanwhile: TensorRT chooses what it builds by timing it there.
+    model = PlaceModel(bundle, *_open_runners(path, "auto", threads, skipped=ONNXRUNTIME_CUDA))
+    model.change_over(engines)
     return model
 
 
@@ -225,7 +232,7 @@ def _engines(bundle: Bundle, most_candidates: int) -> Callable[[], tuple[Runner,
         runner = importlib.import_module("vpr_lite_ros.tensorrt_runner")
     except (ImportError, OSError, RuntimeError) as error:  # a library or a driver is missing
         raise BackendError(f"TensorRT cannot be used: {error}") from error
-    gpu = runner.Gpu()
+    gpu = runner.first_gpu()
     said: set[tuple[str, int]] = set()
 
     def say(phase: str, step: int, steps: int) -> None:
@@ -321,35 +328,86 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = self._start(onnxruntime, graph, options)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def infer(self, inputs: Arrays) -> Arrays:
         return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
+    def _start(self, onnxruntime: Any, graph: Path, options: Any) -> Any:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxRuntimeCudaRunner(OnnxRuntimeRunner):
+    """A graph on ONNX Runtime's CUDA provider, in the precisions that the graph says."""
+
+    backend = ONNXRUNTIME_CUDA
+
+    def _start(self, onnxruntime: Any, graph: Path, options: Any) -> Any:
+        provider = "CUDAExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise BackendError(
+                f"backend {self.backend} cannot be used: this onnxruntime is for the CPU alone. "
+                "pip uninstall onnxruntime, then pip install onnxruntime-gpu[cuda,cudnn]"
+            )
+        # CUDA's libraries, where they came as wheels (from release 1.21 on).
+        getattr(onnxruntime, "preload_dlls", lambda: None)()
+        fault = "it found no device, or a library of CUDA or cuDNN is missing"
+        try:
+            session = onnxruntime.InferenceSession(
+                graph, options, providers=[provider], enable_fallback=0
+            )
+        except Exception as error:  # its own classes, which differ by release
+            session, fault = None, str(error)
+        # Without a GPU, it says so to nobody and takes the CPU.
+        if session is None or provider not in session.get_providers():
+            raise BackendError(
+                f"backend {self.backend} cannot be used: ONNX Runtime does not reach an NVIDIA "
+                f"GPU ({fault}). See what nvidia-smi says, or choose another backend"
+            )
+        session.disable_fallback()
+        return session
+
 
 BACKENDS: dict[str, Callable[[Path, int], Runner]] = {
+    ONNXRUNTIME_CUDA: OnnxRuntimeCudaRunner,
     "openvino": OpenVinoRunner,
     "onnxruntime": OnnxRuntimeRunner,
 }
-"""On the CPU, in order of preference for ``auto``."""
+"""In order of preference for ``auto``, after TensorRT."""
 
 
-def _choose_backend(name: str) -> Callable[[Path, int], Runner]:
-    if name == "auto":
-        for candidate in BACKENDS:
-            if importlib.util.find_spec(candidate) is not None:
-                return BACKENDS[candidate]
-        raise BackendError(
-            f"no inference backend is installed: pip install {' or '.join(BACKENDS)}"
-        )
-    if name not in BACKENDS:
-        raise BackendError(
-            f"backend {name!r} is unknown: choose auto, {TENSORRT}, {', '.join(BACKENDS)}"
-        )
-    return BACKENDS[name]
+def _open_runners(
+    bundle: Path, backend: str, threads: int, skipped: str = ""
+) -> tuple[Runner, Runner]:
+    """Both graphs on a backend; for ``auto``, on the first that can be used."""
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise BackendError(
+                f"backend {backend!r} is unknown: choose auto, {TENSORRT}, {', '.join(BACKENDS)}"
+            )
+        make = BACKENDS[backend]
+        return make(bundle / PLACE_GRAPH, threads), make(bundle / MATCH_GRAPH, threads)
+    for name in BACKENDS:
+        if name != skipped and _is_installed(name):
+            try:
+                return _open_runners(bundle, name, threads)
+            except BackendError as error:
+                log.warning("%s: another is tried", error)
+    raise BackendError(
+        "no inference backend can be used: pip install openvino, or pip install onnxruntime"
+    )
+
+
+def _is_installed(backend: str) -> bool:
+    """Without importing it, which takes a second."""
+    if backend != ONNXRUNTIME_CUDA:
+        return importlib.util.find_spec(backend) is not None
+    try:
+        importlib.metadata.version("onnxruntime-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _import(module: str) -> Any:

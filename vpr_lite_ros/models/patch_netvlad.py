@@ -22,9 +22,9 @@ STRIDE = 16
 
 
 class PatchNetVLAD(nn.Module):
-    """An image to one descriptor and to those of its patches."""
+    """An image to one descriptor and to those of its patches, each of ``dimension`` numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dimension: int = DIMENSION) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = 3
@@ -37,10 +37,10 @@ class PatchNetVLAD(nn.Module):
         self.backbone = nn.Sequential(*layers[:-2])
         self.assign = nn.Conv2d(width, CLUSTERS, 1, bias=False)
         self.centroids = nn.Parameter(torch.rand(CLUSTERS, width))
-        self.pca = nn.Linear(CLUSTERS * width, DIMENSION)
+        self.pca = nn.Linear(CLUSTERS * width, dimension)
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(1, 3, H, W) to (1, 4096) and, for each size, (patches, 4096), row by row."""
+        """(1, 3, H, W) to (1, D) and, for each size, (patches, D), row by row."""
         features = F.normalize(self.backbone(image), dim=1)
         shares = F.softmax(self.assign(features), dim=1)
         height, width = features.shape[2:]
@@ -62,7 +62,7 @@ class PatchNetVLAD(nn.Module):
         return whole, patches
 
     def _project(self, sums: Tensor) -> Tensor:
-        """(1, K·C, h, w) to (h·w, 4096)."""
+        """(1, K·C, h, w) to (h·w, D)."""
         vlad = sums.flatten(2)[0].T.unflatten(1, (CLUSTERS, -1))
         vlad = F.normalize(F.normalize(vlad, dim=2).flatten(1), dim=1)
         return F.normalize(self.pca(vlad), dim=1)
@@ -71,12 +71,16 @@ class PatchNetVLAD(nn.Module):
 def match(
     query: list[Tensor], candidate: list[Tensor], map_size: tuple[int, int] = (30, 40)
 ) -> float:
-    """Score of a pair: over patch sizes, the share of patches that agree with one homography."""
+    """Score of a pair: over patch sizes, the share of patches that agree with one homography.
+
+    The nearest are found where the descriptors lie, RANSAC runs on the CPU. ``map_size``: rows and
+    columns of the feature map.
+    """
     score = 0.0
     for size, weight, first, second in zip(PATCH_SIZES, WEIGHTS, query, candidate, strict=True):
         columns = map_size[1] - size + 1
         cosines = first @ second.T
-        there, back = cosines.argmax(dim=1).numpy(), cosines.argmax(dim=0).numpy()
+        there, back = (cosines.argmax(dim=side).cpu().numpy() for side in (1, 0))
         kept = np.flatnonzero(back[there] == np.arange(len(there)))
         if len(kept) < 4:
             continue
