@@ -17,9 +17,10 @@ PACKAGE = ROOT / "vpr_lite_ros"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
-ROS = ("node.py", "messages.py", "demo.py")  # the demo plays a drive into the node over DDS
+# The demo plays a drive into the node over DDS; live.py and view_node.py listen.
+ROS = ("node.py", "messages.py", "demo.py", "live.py", "view_node.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "rclpy": ("node.py", "demo.py"),
+    "rclpy": ("node.py", "demo.py", "live.py", "view_node.py"),
     "tf2_ros": ("node.py",),
     "sensor_msgs": (*ROS, "image.py"),
     "cv_bridge": ("image.py",),
@@ -45,6 +46,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchvision": ("models/", "training/", "export.py"),
     "vpr_lite_ros.node": (),
     "vpr_lite_ros.demo": (),
+    "vpr_lite_ros.live": ("view_node.py",),
+    "vpr_lite_ros.view_node": (),
     "vpr_lite_ros.models": ("models/", "training/", "export.py"),
     "vpr_lite_ros.training": ("training/",),
     "vpr_lite_ros.export": ("training/",),
@@ -52,6 +55,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # `vpr-lite` reaches these only once a subcommand asks for them.
 ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": ("cli.py",),
+    "vpr_lite_ros.live": ("cli.py",),
+    "vpr_lite_ros.view_node": ("cli.py",),
     "vpr_lite_ros.models": ("cli.py", "bench.py"),
     "torch": ("bench.py",),
     "vpr_lite_ros.training": ("cli.py",),
