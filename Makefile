@@ -44,12 +44,13 @@ eval-data:
 	@[ -d '$(DATA)' ] || { \
 		echo "error: no labelled images at $(DATA): make eval DATA=/path/to/them" >&2; exit 1; }
 
-# The node's tests, which keep ROS's middleware alive in the test process, get a process without
-# the training and inference libraries that the other tests load into theirs.
+# Tests that keep ROS's middleware alive in the test process get a process without the training
+# and inference libraries that the other tests load into theirs.
+ROS_TESTS := test/test_node.py test/test_live.py
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
-	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py)
-	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py)
+	@$(ENV) && pytest $(if $(ARGS),$(ARGS),$(ROS_TESTS:%=--ignore %))
+	@$(if $(ARGS),:,$(ENV) && pytest $(ROS_TESTS))
 
 lint: env-test
 	@echo '==> ruff and mypy'

@@ -198,6 +198,12 @@ def test_a_bag_that_loops_is_told_from_images_out_of_order() -> None:
     assert "publishers" in often[0].remedy
 
 
+def test_the_step_after_one_back_is_no_gap() -> None:
+    late = steady(60)
+    late[20] -= 5  # its stamp is 5 s too early; the next one's is right again
+    assert names(stamped(late, steady(60)).findings()) == ["stamps go back"]
+
+
 def test_equal_stamps_are_found() -> None:
     twice = [stamp for stamp in steady(20) for _ in range(2)]
     assert names(stamped(twice).findings()) == ["equal stamps"]

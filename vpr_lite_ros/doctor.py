@@ -39,6 +39,8 @@ FINE, PROBLEMS, WARNINGS = 0, 1, 3
 PROBE_TIMEOUT_S = 120.0
 LEAST_KEYFRAMES, ENOUGH_KEYFRAMES = 100, 5000
 """With disk space for fewer keyframes there is an error, or a warning."""
+NUMPY_1 = "compiled using NumPy 1.x"
+"""What NumPy 2 says of a binary that it cannot run."""
 PACKAGES = {
     "numpy": ("numpy",),
     "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
@@ -149,7 +151,11 @@ def judge_cpu(machine: str, cpuinfo: str, cores: int) -> Finding:
 
 
 def _package(name: str, names: tuple[str, ...]) -> Finding:
-    found = [f"{one} {version}" for one in names if (version := _version(one))]
+    found = [
+        version if one == name else f"{version} ({one})"
+        for one in names
+        if (version := _version(one))
+    ]
     module = {"opencv": "cv2"}.get(name, name)
     seen = ", ".join(found)
     try:
@@ -318,12 +324,22 @@ def _judge_backend(
 # -- database ----------------------------------------------------------------------------------
 
 
+_RIGHTS = "Give this user the right (chown, chmod, remount), or pass another database_path."
+
+
 def database(path_text: str, bundle: Bundle | None) -> Iterator[Finding]:
     """Can the node open ``database_path`` and go on writing to it? Nothing is written here."""
     if not path_text:
         yield ok("database", "database_path is empty: keyframes are gone when the node ends")
         return
     path = Path(path_text).expanduser()
+    try:
+        yield from _database(path_text, path, bundle)
+    except OSError as error:  # a folder on the way that this user may not enter
+        yield problem("database", str(error), _RIGHTS)
+
+
+def _database(path_text: str, path: Path, bundle: Bundle | None) -> Iterator[Finding]:
     if path_text.startswith("~") and not Path(path_text).exists():
         yield warning(
             "database",
@@ -348,10 +364,10 @@ def database(path_text: str, bundle: Bundle | None) -> Iterator[Finding]:
             yield problem(
                 "database",
                 f"{place} cannot be written by user {os.getuid()}",
-                "Give this user the right (chown, chmod, remount), or pass another database_path.",
+                _RIGHTS,
             )
             return
-    yield _space(path.parent, bundle)
+    yield _space(path.parent.resolve(), bundle)
 
 
 def _stored(path: Path, bundle: Bundle | None) -> Iterator[Finding]:
@@ -445,8 +461,10 @@ def probe(program: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> 
             return found
     if done.returncode < 0:
         return {"error": f"it crashes ({signal.Signals(-done.returncode).name})"}
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"error": lines[-1].strip() if lines else f"exit code {done.returncode}"}
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    # NumPy's explanation comes first, and at the end a SystemError that explains nothing.
+    telling = [line for line in lines if NUMPY_1 in line] + lines[-1:]
+    return {"error": telling[0] if telling else f"exit code {done.returncode}"}
 
 
 _TRY_ROS = """

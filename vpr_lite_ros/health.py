@@ -289,7 +289,13 @@ class StreamHealth:
         yield from self._judge_pace()
 
     def _judge_pace(self) -> Iterable[Finding]:
-        forward = [(step, waited) for step, waited in self._steps if step is not None and step > 0]
+        # The step after one back only makes up for it.
+        before = [0, *(step if step is not None else 0 for step, _ in self._steps)]
+        forward = [
+            (step, waited)
+            for last, (step, waited) in zip(before, self._steps, strict=False)
+            if step is not None and step > 0 and last >= 0
+        ]
         if not forward:
             return
         period = float(np.median([step for step, _ in forward]))
@@ -312,7 +318,7 @@ class StreamHealth:
             yield Finding(
                 "gaps",
                 Severity.WARNING,
-                f"{_of(len(gaps), len(self._steps))} came late, after up to "
+                f"{len(gaps)} of {len(self._steps)} came late, after up to "
                 f"{max(gaps) / 1e9:.3g} s; usual are {period / 1e9:.3g} s",
                 "Look at the link, the driver and the load of the machine: images are lost. Raw "
                 "images over a network want image_transport: compressed.",

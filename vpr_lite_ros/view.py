@@ -60,9 +60,9 @@ def _figure(value: float | None) -> str:
 class Tally:
     """Counts decisions; prints a line a closure and, in a terminal, redraws one line of counts."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
-        self._out = out
-        self._lively = out.isatty()
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        self._lively = self._out.isatty()
         self._drawn = 0.0
         self._last_query_ns = -1
         self.keyframes = 0
