@@ -15,7 +15,6 @@ DATA ?= ../shared/data/eval
 ARGS ?=
 
 ENV := source scripts/env.sh
-NODE_TESTS := test/test_node.py test/test_lifecycle.py
 
 .PHONY: help demo eval eval-data bench test lint build env env-test clean distclean
 
@@ -45,12 +44,13 @@ eval-data:
 	@[ -d '$(DATA)' ] || { \
 		echo "error: no labelled images at $(DATA): make eval DATA=/path/to/them" >&2; exit 1; }
 
-# The node's tests, which keep ROS's middleware alive in the test process, get a process without
-# the training and inference libraries that the other tests load into theirs.
+# Tests that keep ROS's middleware alive in the test process get a process without the training
+# and inference libraries that the other tests load into theirs.
+ROS_TESTS := test/test_node.py test/test_lifecycle.py test/test_live.py
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
-	@$(ENV) && pytest $(or $(ARGS),$(NODE_TESTS:%=--ignore %))
-	@$(if $(ARGS),:,$(ENV) && pytest $(NODE_TESTS))
+	@$(ENV) && pytest $(or $(ARGS),$(ROS_TESTS:%=--ignore %))
+	@$(if $(ARGS),:,$(ENV) && pytest $(ROS_TESTS))
 
 lint: env-test
 	@echo '==> ruff and mypy'

@@ -199,3 +199,10 @@ def count_keyframes(database: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM keyframes").fetchone()[0])
     finally:
         connection.close()
+
+
+def drive(robot: Robot, make_picture: MakePicture, seconds: int = 8) -> None:
+    """See as many places as seconds pass, one picture a second from second 1 on."""
+    for second in range(1, seconds + 1):
+        decisions = robot.show(make_picture(second, SIZE), second)
+        assert all(decision.status != LoopClosure.STATUS_ACCEPTED for decision in decisions)

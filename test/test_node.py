@@ -15,7 +15,7 @@ pytest.importorskip("rclpy", reason="rclpy cannot be imported: source a ROS 2")
 from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from rclpy.qos import ReliabilityPolicy
-from robot import SIZE, Robot, count_keyframes, start_node, to_message
+from robot import SIZE, Robot, count_keyframes, drive, start_node, to_message
 from sensor_msgs.msg import CameraInfo, CompressedImage
 from sensor_msgs.msg import Image as ImageMessage
 from std_srvs.srv import SetBool, Trigger
@@ -24,13 +24,6 @@ from vpr_lite_ros.srv import GetLoopClosures, QueryImage
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
-
-
-def drive(robot: Robot, make_picture: MakePicture, seconds: int = 8) -> None:
-    """See as many places as seconds pass, one picture a second from second 1 on."""
-    for second in range(1, seconds + 1):
-        decisions = robot.show(make_picture(second, SIZE), second)
-        assert all(decision.status != LoopClosure.STATUS_ACCEPTED for decision in decisions)
 
 
 def test_a_place_seen_again_is_a_closure(

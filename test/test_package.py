@@ -18,9 +18,10 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
 NODE = ("node.py", "node_inputs.py", "node_parameters.py")
-ROS = (*NODE, "messages.py", "demo.py")  # the demo plays a drive into the node over DDS
+# The demo plays a drive into the node over DDS; live.py and view_node.py listen.
+ROS = (*NODE, "messages.py", "demo.py", "live.py", "view_node.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "rclpy": (*NODE, "demo.py"),
+    "rclpy": (*NODE, "demo.py", "live.py", "view_node.py"),
     "rcl_interfaces": NODE,
     "tf2_ros": ("node.py",),
     "sensor_msgs": (*ROS, "image.py"),
@@ -47,6 +48,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchvision": ("models/", "training/", "export.py"),
     "vpr_lite_ros.node": (),
     "vpr_lite_ros.demo": (),
+    "vpr_lite_ros.live": ("view_node.py",),
+    "vpr_lite_ros.view_node": (),
     "vpr_lite_ros.models": ("models/", "training/", "export.py"),
     "vpr_lite_ros.training": ("training/",),
     "vpr_lite_ros.export": ("training/",),
@@ -54,6 +57,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # `vpr-lite` reaches these only once a subcommand asks for them.
 ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": ("cli.py",),
+    "vpr_lite_ros.live": ("cli.py",),
+    "vpr_lite_ros.view_node": ("cli.py",),
     "vpr_lite_ros.models": ("cli.py", "bench.py"),
     "torch": ("bench.py",),
     "vpr_lite_ros.training": ("cli.py",),

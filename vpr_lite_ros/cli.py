@@ -10,13 +10,18 @@ import argparse
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vpr_lite_ros import config
 from vpr_lite_ros.options import WRONG_USE, make_parser, settings_of
 
+if TYPE_CHECKING:
+    from vpr_lite_ros.health import Finding
+
 OK, FAILED, INTERRUPTED = 0, 1, 130
+_SOURCE_ROS = "Source a ROS 2 installation and this package (install/setup.bash)"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,6 +250,79 @@ def train(args: argparse.Namespace) -> int:
     return OK
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """Say what is installed, whether the model runs, and whether a recording or topic fits."""
+    from vpr_lite_ros import doctor as rooms
+    from vpr_lite_ros.inference import DEFAULT_BUNDLE, BundleError, load_bundle
+    from vpr_lite_ros.inspection import recording
+
+    if args.source is not None and args.topic is not None:
+        raise config.ConfigError("pass either SOURCE or --topic")
+    settings = config.make_config(settings_of(args))
+    path = Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE
+    report = rooms.Report()
+    report.section("installed", rooms.installation())
+    report.section("model", rooms.model(path, settings.backend, settings.threads))
+    try:
+        bundle = load_bundle(path)
+    except BundleError:
+        bundle = None  # which has been said
+    report.section("database", rooms.database(settings.database_path, bundle))
+    if args.source is not None:
+        found = recording(
+            args.source,
+            image_topic=args.image_topic,
+            odom_topic=args.odom_topic,
+            rate_hz=args.rate,
+        )
+        report.section(f"recording {args.source}", found)
+    if args.topic is not None:
+        report.section(f"topic {args.topic}", _listen(args, settings))
+    return report.end()
+
+
+def _listen(args: argparse.Namespace, settings: config.Config) -> Iterator[Finding]:
+    try:
+        from vpr_lite_ros.live import topic
+    except ImportError as error:
+        from vpr_lite_ros.doctor import problem
+
+        return iter([problem("ROS", f"cannot be imported: {error}", _SOURCE_ROS)])
+    return topic(
+        args.topic,
+        settings,
+        camera_info_topic=args.camera_info_topic,
+        odom_topic=args.odom_topic,
+        seconds=args.seconds,
+    )
+
+
+def view(args: argparse.Namespace) -> int:
+    """Show the pairs that a node or a replay finds, as they come."""
+    from vpr_lite_ros.view import Tally, view_replay
+
+    tally = Tally()
+    try:
+        if args.source is not None:
+            view_replay(args.source, tally)
+            tally.end()
+            return OK
+        try:
+            from vpr_lite_ros.view_node import view_node
+        except ImportError as error:
+            print(
+                f"vpr-lite: error: ROS cannot be imported ({error}). {_SOURCE_ROS}; "
+                "a replay's folder can be viewed without",
+                file=sys.stderr,
+            )
+            return FAILED
+        view_node(args.namespace, args.node, args.output, tally)
+    except KeyboardInterrupt:
+        pass  # this is how one stops to watch
+    tally.end()
+    return OK
+
+
 def parameters(args: argparse.Namespace) -> int:
     """Print every parameter with its default, as a ROS parameter file."""
     print(config.shipped_yaml(), end="")
@@ -273,6 +351,8 @@ COMMANDS = (
     bench,
     build_engine,
     train,
+    doctor,
+    view,
     parameters,
 )
 

@@ -197,6 +197,46 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Exit code: 0 all is well, 1 there are problems, 3 there are warnings only, "
+        "2 wrong options."
+    )
+    parser.add_argument(
+        "source", type=Path, nargs="?", metavar="SOURCE",
+        help="also look at a rosbag2, ROS 1 bag, folder of images or video",
+    )  # fmt: skip
+    parser.add_argument("--topic", metavar="TOPIC", help="... or listen to a topic of images")
+    parser.add_argument(
+        "--seconds", type=_positive, default=5.0, metavar="S", help="how long to listen"
+    )
+    parser.add_argument("--image-topic", metavar="TOPIC", help="where a bag has several")
+    parser.add_argument(
+        "--camera-info-topic", metavar="TOPIC", help="with --topic; empty: the one beside it"
+    )
+    parser.add_argument(
+        "--odom-topic", metavar="TOPIC", help="odometry; empty: the only one, '': none"
+    )
+    parser.add_argument(
+        "--rate", type=_positive, default=1.0, metavar="HZ", help="of images without stamps"
+    )
+    parser.add_argument("--params", type=Path, metavar="FILE", help="ROS parameter file (YAML)")
+    names = "bundle", "backend", "threads", "database_path", "image_transport", "qos.image"
+    _add_some_parameters(parser, names)
+
+
+def _add_view_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, nargs="?", metavar="REPLAY",
+        help="folder that `vpr-lite replay` writes to; empty: a running node",
+    )  # fmt: skip
+    parser.add_argument("--namespace", default="/", metavar="NS", help="of the node")
+    parser.add_argument("--node", default="loop_closure", metavar="NAME", help="its name")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for a picture of each pair of a node"
+    )
+
+
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
     """What images and labels on disk mean."""
     parser.add_argument(
@@ -295,4 +335,6 @@ _OPTIONS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": _add_bench_options,
     "build_engine": _add_build_engine_options,
     "train": _add_train_options,
+    "doctor": _add_doctor_options,
+    "view": _add_view_options,
 }

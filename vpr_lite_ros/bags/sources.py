@@ -237,6 +237,11 @@ class FolderSource(Source):
                 break
         self._period_ns = 1e9 / rate_hz
 
+    @property
+    def stamped(self) -> bool:
+        """Whether stamps come from a table and not from `rate_hz`."""
+        return self._stamps is not None
+
     def __len__(self) -> int:
         return len(self._files)
 
