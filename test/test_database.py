@@ -20,6 +20,7 @@ from vpr_lite_ros import database as module
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, Pose
 from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.storage import SCHEMA_VERSION
 
 DIMENSION, PATCHES = 16, 5
 SECOND = 1_000_000_000
@@ -334,14 +335,14 @@ def test_a_newer_schema_is_refused_and_left_alone(open_database: Open, path: Pat
     database.add(1, _describe(1))
     database.close()
     with sqlite3.connect(path) as file:
-        file.execute(f"PRAGMA user_version = {module.SCHEMA_VERSION + 1}")
+        file.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     file.close()
     before = path.read_bytes()
     _refused(
         open_database,
         str(path),
-        f"schema {module.SCHEMA_VERSION + 1}",
-        f"reads schema {module.SCHEMA_VERSION}",
+        f"schema {SCHEMA_VERSION + 1}",
+        f"reads schema {SCHEMA_VERSION}",
     )
     assert path.read_bytes() == before
 

@@ -30,7 +30,7 @@ from vpr_lite_ros.matching import (
 )
 
 AGREEMENT_WINDOW = 5
-"""Matches of consecutive keyframes agree when they are at most this many keyframes apart."""
+"""Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
 PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 
@@ -73,13 +73,15 @@ class Decision:
 
     stamp_ns: int
     keyframe_id: int | None = None
-    """Id under which the image was stored; None if it is no keyframe."""
+    """Id under which the image was stored; None if it is no keyframe, or nothing is stored."""
     candidates: list[Candidate] = field(default_factory=list)
     """In order of retrieval, each with its status."""
     closure: Candidate | None = None
     """The accepted candidate, if there is one."""
     centres: NDArray[np.float32] | None = None
     """(N, 2) the query's patch centres, to draw matches with."""
+    is_keyframe: bool = False
+    """Whether the image was looked up. In mode localization no keyframe is stored."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds by stage: resize, place, search, match, verify, store."""
 
@@ -143,6 +145,8 @@ class LoopDetector:
     ) -> Decision:
         """Look ``image`` up among the keyframes, judge what is found, and store it.
 
+        A database that is only read (mode localization) stores nothing; all else is the same.
+
         Parameters
         ----------
         image
@@ -172,10 +176,12 @@ class LoopDetector:
         passed = self._verify(description, camera, decision)
         decision.closure = self._accept(passed)
 
-        with _timed(decision, "store"):
-            decision.keyframe_id = self.database.add(
-                stamp_ns, description, pose, camera, thumbnail(image)
-            )
+        if not self.database.read_only:
+            with _timed(decision, "store"):
+                decision.keyframe_id = self.database.add(
+                    stamp_ns, description, pose, camera, thumbnail(image)
+                )
+        decision.is_keyframe = True
         self._passed_before = passed
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
@@ -313,7 +319,8 @@ class LoopDetector:
             streaks = [
                 before.agreeing
                 for before in self._passed_before
-                if are_neighbours(before.keyframe, candidate.keyframe)
+                if self.database.steps_between(before.keyframe, candidate.keyframe)
+                <= AGREEMENT_WINDOW
             ]
             candidate.agreeing = 1 + max(streaks, default=0)
         agreeing = []
@@ -338,12 +345,6 @@ def sureness(candidate: Candidate) -> tuple[float, int]:
 def features_of(candidate: Candidate) -> list[float]:
     """What the calibration knows of a matched candidate."""
     return features(candidate.similarity, candidate.match_score, candidate.agreement)
-
-
-def are_neighbours(one: Keyframe, other: Keyframe) -> bool:
-    """Whether two keyframes belong to one stretch of one drive."""
-    drives = (one.robot_id, one.session), (other.robot_id, other.session)
-    return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW
 
 
 def _angle(pose0: Pose, pose1: Pose) -> float:

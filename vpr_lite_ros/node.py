@@ -35,7 +35,7 @@ from visualization_msgs.msg import MarkerArray
 
 from vpr_lite_ros import messages
 from vpr_lite_ros.config import Config, ConfigError, describe, make_config, parameters
-from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, Pose
+from vpr_lite_ros.database import DatabaseError, Pose, open_database
 from vpr_lite_ros.detector import Decision, LoopDetector
 from vpr_lite_ros.image import Image, ImageError, decode_message, draw_matches
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, BackendError, BundleError, open_model
@@ -71,14 +71,7 @@ class LoopClosureNode(Node):
             most_candidates=self.config.top_k,
             behind=True,
         )
-        self.database = KeyframeDatabase(
-            self.config.database_path,
-            model_id=self.model.bundle.model_id,
-            dimension=self.model.bundle.dimension,
-            max_patches=self.model.bundle.max_patches,
-            session=session,
-            robot_id=self.config.robot_id,
-        )
+        self.database = open_database(self.config, self.model.bundle, session)
         self.detector = LoopDetector(self.config, self.model, self.database)
         self.get_logger().info(
             f"model {self.model.bundle.model_id} on {self.model.backend}; database "
