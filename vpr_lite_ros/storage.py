@@ -135,6 +135,7 @@ class KeyframeFile:
         if not read_only:
             hint += " With mode: localization, read-only will do."
         with self._explaining("cannot be used", hint):
+            self._refuse_cut()
             self._sql = self._open_read_only() if read_only else _connect(path)
             try:
                 self._open((model_id, dimension, max_patches))
@@ -163,6 +164,22 @@ class KeyframeFile:
         return (total - free) * size
 
     # -- opening -------------------------------------------------------------------------------
+
+    def _refuse_cut(self) -> None:
+        """Refuse a file that ends within a page, which SQLite would fill with zeros."""
+        file, log = Path(self.path), Path(f"{self.path}-wal")
+        if not self.path or not file.is_file() or (log.is_file() and log.stat().st_size):
+            return  # what the log holds may be half in the file
+        try:
+            with file.open("rb") as opened:
+                page_bytes = int.from_bytes(opened.read(18)[16:], "big")
+        except OSError:
+            return  # SQLite will say why
+        if file.stat().st_size % max(512, page_bytes if page_bytes > 1 else 65536):
+            raise DamageError(
+                f"database {self.path} is no database of vpr_lite_ros, or its end is missing: "
+                "restore it from a copy, or pass another database_path"
+            )
 
     def _open_read_only(self) -> sqlite3.Connection:
         if not Path(self.path).is_file():
