@@ -401,6 +401,18 @@ def test_a_flipped_bit_is_noticed_or_does_no_harm(
     assert noticed > len(places) // 4, "hardly anything is checked"
 
 
+@pytest.mark.parametrize("lost", ["keyframes", "checksums"])
+def test_a_keyframe_that_is_lost_is_noticed(
+    open_database: Open, path: Path, written: list[int], lost: str
+) -> None:
+    """As when a damaged page of SQLite's names another in place of its own."""
+    with sqlite3.connect(path) as file:
+        file.execute(f"DELETE FROM {lost} WHERE id = ?", (written[6],))
+    file.close()
+    with pytest.raises(DatabaseError, match=f"keyframe {written[6]}"):
+        open_database(max_patches=100)
+
+
 def test_a_damaged_keyframe_spoils_no_other(
     open_database: Open, path: Path, written: list[int]
 ) -> None:
