@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from keyframes import CAMERA, DIMENSION, PATCHES, POSE, SECOND, Open, describe
 
+from vpr_lite_ros import storage
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase
 from vpr_lite_ros.storage import SCHEMA_VERSION
 
@@ -177,6 +178,18 @@ def test_another_reader_holds_nothing_up(open_database: Open, path: Path) -> Non
     assert reader.execute("SELECT count(*) FROM keyframes").fetchone() == (1,)
     reader.close()
     database.save()
+
+
+def test_the_log_stays_small_however_fast_keyframes_come(
+    open_database: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LOG_BYTES", 2**20)
+    database = open_database(max_patches=2000)
+    log, most, one = path.with_name(f"{path.name}-wal"), 0, describe(1, 2000)
+    for i in range(400):  # 26 MB
+        database.add(i, one)
+        most = max(most, log.stat().st_size)
+    assert most < 8 * 2**20
 
 
 def test_a_temporary_database_promises_nothing(open_database: Open) -> None:

@@ -30,6 +30,8 @@ APPLICATION_ID = 0x5650524C
 """Marks the file as ours ("VPRL") in SQLite's header."""
 SYNC_PERIOD_S = 0.5
 """From one synchronisation to the next; what comes between waits this long and for the disk."""
+LOG_BYTES = 16 * 2**20
+"""The log beside the file hardly becomes larger."""
 PAGE_BYTES = 16384
 """Of new files. Tokens fill tens of pages; smaller ones make a cold file slow to load and thin."""
 
@@ -263,7 +265,11 @@ class KeyframeFile:
         (mode,) = self._sql.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode == "wal":
             self._sql.execute("PRAGMA synchronous = NORMAL")
-            self._sql.execute("PRAGMA wal_autocheckpoint = 0")  # the thread does that
+            # The thread copies the log into the file, and it begins anew once all is copied. When
+            # keyframes come so fast that this never is, writing waits for it here.
+            (page_bytes,) = self._sql.execute("PRAGMA page_size").fetchone()
+            self._sql.execute(f"PRAGMA wal_autocheckpoint = {LOG_BYTES // page_bytes}")
+            self._sql.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
             self._syncer = _Syncer(self.path)
         elif self.path:  # a file system without shared memory: each commit waits for the disk
             self._sql.execute("PRAGMA synchronous = FULL")
