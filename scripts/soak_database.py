@@ -1,7 +1,7 @@
 """A database of many keyframes: memory, time to load and search, how soon each is on the disk, and
 which places a full one still shows.
 
-``python scripts/soak_database.py [--keyframes 100000] [--patches 8]`` prints one JSON object. The
+``python scripts/soak_database.py [--keyframes 100000] [--patches 2]`` prints one JSON object. The
 keyframes are synthetic: a robot walks between places, most often to a few of them, and each view
 of a place differs from the others of it (cosine about 0.7), as does each from the view before.
 Descriptors have 512 numbers as the shipped model's. A keyframe of it has 400 patches (410 KB),
@@ -202,7 +202,7 @@ def lag(folder: Path, seconds: float) -> dict[str, object]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--keyframes", type=int, default=100_000)
-    options.add_argument("--patches", type=int, default=8, help="of each keyframe")
+    options.add_argument("--patches", type=int, default=2, help="of each keyframe")
     options.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
     options.add_argument("--only", help=argparse.SUPPRESS)
     args = options.parse_args()

@@ -35,14 +35,17 @@ LOG_BYTES = 16 * 2**20
 PAGE_BYTES = 16384
 """Of new files. Tokens fill tens of pages; smaller ones make a cold file slow to load and thin."""
 
-_CHECKSUMS = """
+# Loading reads the index alone: some MB together, where keyframes lie half a MB apart.
+_HEAD = "id, robot_id, session, stamp_ns, pose, camera, descriptor"
+_ADDED_BY_SCHEMA_2 = f"""
+CREATE INDEX heads ON keyframes ({_HEAD});
 CREATE TABLE checksums (   -- CRC-32 of a keyframe's parts; NULL for those of schema 1
     id INTEGER PRIMARY KEY,
     head INTEGER,          -- everything up to the descriptor
     centres INTEGER,
     tokens INTEGER,
     thumbnail INTEGER
-)
+);
 """
 _SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
@@ -64,7 +67,6 @@ CREATE TABLE keyframes (
     thumbnail BLOB NOT NULL    -- small JPEG, for people; may be empty
 );
 """
-_HEAD = "id, robot_id, session, stamp_ns, pose, camera, descriptor"
 
 
 class DatabaseError(RuntimeError):
@@ -211,6 +213,7 @@ class KeyframeFile:
 
     def _open(self, model: tuple[str, int, int]) -> None:
         self._sql.execute("PRAGMA cell_size_check = ON")
+        self._sql.execute("PRAGMA secure_delete = OFF")  # else deleting writes as much as adding
         application, version = (
             self._sql.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
@@ -218,19 +221,21 @@ class KeyframeFile:
         empty = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         if empty and not self.read_only:
             self._sql.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            # The map of pages that this keeps spares a deletion from reading all of them.
+            self._sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._write_ahead()
             with self._transaction():
                 for statement in _SCHEMA.split(";\n"):
                     self._sql.execute(statement)
                 self._sql.execute("INSERT INTO model VALUES (?, ?, ?)", model)
-                self._add_checksums()
+                self._bring_to_schema_2()
         else:
             self._refuse_others(application, version, model[0])
             if not self.read_only:
                 self._write_ahead()
                 if version == 1:
                     with self._transaction():
-                        self._add_checksums()
+                        self._bring_to_schema_2()
 
     def _refuse_others(self, application: int, version: int, model_id: str) -> None:
         if application != APPLICATION_ID:
@@ -275,9 +280,10 @@ class KeyframeFile:
             self._sql.execute("PRAGMA synchronous = FULL")
             self._synced_id = 0
 
-    def _add_checksums(self) -> None:
+    def _bring_to_schema_2(self) -> None:
         """What schema 2 has over schema 1."""
-        self._sql.execute(_CHECKSUMS)
+        for statement in _ADDED_BY_SCHEMA_2.split(";\n"):
+            self._sql.execute(statement)
         self._sql.execute("INSERT INTO checksums (id) SELECT id FROM keyframes")
         self._sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -287,7 +293,8 @@ class KeyframeFile:
         """What a search needs of each keyframe, ids ascending."""
         with self._explaining("cannot be read"):
             expected = dict(self._sql.execute("SELECT id, head FROM checksums"))
-            for row in self._sql.execute(f"SELECT {_HEAD} FROM keyframes ORDER BY id"):
+            query = f"SELECT {_HEAD} FROM keyframes INDEXED BY heads ORDER BY id"
+            for row in self._sql.execute(query):
                 if row[0] not in expected:
                     raise self._damaged(f"keyframe {row[0]} appears from nowhere")
                 yield self._check_head(row, expected.pop(row[0]))
