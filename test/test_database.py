@@ -8,71 +8,27 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from keyframes import CAMERA, DIMENSION, PATCHES, POSE, SECOND, Open, describe
 from numpy.typing import NDArray
 
 from vpr_lite_ros import database as module
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, Pose
 from vpr_lite_ros.inference import Description
-from vpr_lite_ros.matching import Camera
-
-DIMENSION, PATCHES = 16, 5
-SECOND = 1_000_000_000
-POSE = Pose((1.5, -2.25, 0.125), (0.0, 0.0, 0.6, 0.8))
-CAMERA = Camera(640, 480, (500.0, 0, 320.5, 0, 501.0, 240.5, 0, 0, 1), (0.1, -0.2, 0, 0, 0))
-
-Open = Callable[..., KeyframeDatabase]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "keyframes.db"
-
-
-@pytest.fixture
-def open_database(path: Path) -> Iterator[Open]:
-    """Opens the file of ``path``; whatever is still open is closed at the end."""
-    opened: list[KeyframeDatabase] = []
-
-    def open_it(session: str = "monday", **changes: Any) -> KeyframeDatabase:
-        arguments: dict[str, Any] = {
-            "path": path,
-            "model_id": "tiny-0123",
-            "dimension": DIMENSION,
-            "max_patches": PATCHES,
-            "session": session,
-        }
-        arguments |= changes
-        opened.append(KeyframeDatabase(**arguments))
-        return opened[-1]
-
-    yield open_it
-    for database in opened:
-        database.close()
-
-
-def _describe(seed: int) -> Description:
-    rng = np.random.default_rng(seed)
-    descriptor = rng.standard_normal(DIMENSION).astype(np.float32)
-    return Description(
-        descriptor / np.linalg.norm(descriptor),
-        rng.standard_normal((PATCHES, DIMENSION)).astype(np.float16),
-        rng.random((PATCHES, 2)).astype(np.float32),
-    )
-
+from vpr_lite_ros.storage import SCHEMA_VERSION
 
 # Storing and reopening
 
 
 def test_keyframes_are_there_after_reopening(open_database: Open) -> None:
     database = open_database(robot_id=3)
-    first = database.add(5 * SECOND, _describe(1), POSE, CAMERA, thumbnail=b"picture")
-    second = database.add(6 * SECOND + 1, _describe(2))
+    first = database.add(5 * SECOND, describe(1), POSE, CAMERA, thumbnail=b"picture")
+    second = database.add(6 * SECOND + 1, describe(2))
     assert len(database) == 2 and first != second
     database.close()
 
@@ -81,22 +37,22 @@ def test_keyframes_are_there_after_reopening(open_database: Open) -> None:
     keyframe = database.keyframe(first)
     assert (keyframe.id, keyframe.robot_id, keyframe.session) == (first, 3, "monday")
     assert (keyframe.stamp_ns, keyframe.pose, keyframe.camera) == (5 * SECOND, POSE, CAMERA)
-    assert np.array_equal(keyframe.centres, _describe(1).centres)
+    assert np.array_equal(keyframe.centres, describe(1).centres)
     assert database.thumbnail(first) == b"picture"
     keyframe = database.keyframe(second)
     assert (keyframe.stamp_ns, keyframe.pose, keyframe.camera) == (6 * SECOND + 1, None, None)
-    expected = np.stack([_describe(2).tokens, _describe(1).tokens])
+    expected = np.stack([describe(2).tokens, describe(1).tokens])
     assert np.array_equal(database.tokens([second, first]), expected)
     assert database.tokens([first]).dtype == np.float16
-    (best, similarity), _ = database.search(_describe(2).descriptor, 2, 0, 0)
+    (best, similarity), _ = database.search(describe(2).descriptor, 2, 0, 0)
     assert best == second and similarity == pytest.approx(1, abs=1e-6)
 
 
 def test_ids_go_on_after_reopening(open_database: Open) -> None:
     database = open_database()
-    before = [database.add(i, _describe(i)) for i in range(3)]
+    before = [database.add(i, describe(i)) for i in range(3)]
     database.close()
-    after = [open_database().add(3, _describe(3))]
+    after = [open_database().add(3, describe(3))]
     assert sorted({*before, *after}) == [*before, *after]
 
 
@@ -105,8 +61,8 @@ def test_two_sessions_share_a_file(open_database: Open) -> None:
     one, other = open_database("one"), open_database("other")
     ids = []
     for i in range(5):
-        ids.append(one.add(i, _describe(i)))
-        ids.append(other.add(i, _describe(100 + i)))
+        ids.append(one.add(i, describe(i)))
+        ids.append(other.add(i, describe(100 + i)))
     assert len(set(ids)) == 10 and len(one) == len(other) == 5
     both = open_database("third")
     assert len(both) == 10
@@ -118,8 +74,8 @@ def test_a_temporary_database_leaves_nothing(tmp_path: Path, monkeypatch: Any) -
     database = KeyframeDatabase(
         "", model_id="m", dimension=DIMENSION, max_patches=PATCHES, session="s"
     )
-    keyframe_id = database.add(1, _describe(1))
-    assert np.array_equal(database.tokens([keyframe_id])[0], _describe(1).tokens)
+    keyframe_id = database.add(1, describe(1))
+    assert np.array_equal(database.tokens([keyframe_id])[0], describe(1).tokens)
     database.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -128,7 +84,7 @@ def test_save_brings_everything_into_the_one_file(open_database: Open, path: Pat
     """Then the file alone can be copied while the robot drives on."""
     database = open_database()
     for i in range(20):
-        database.add(i, _describe(i))
+        database.add(i, describe(i))
     database.save()
     copy = path.with_name("copy.db")
     copy.write_bytes(path.read_bytes())
@@ -137,15 +93,15 @@ def test_save_brings_everything_into_the_one_file(open_database: Open, path: Pat
 
 def test_reset_empties_file_and_memory(open_database: Open) -> None:
     database = open_database()
-    ids = [database.add(i * SECOND, _describe(i)) for i in range(10)]
+    ids = [database.add(i * SECOND, describe(i)) for i in range(10)]
     database.reset()
-    assert len(database) == 0 and database.search(_describe(1).descriptor, 5, 0, 0) == []
+    assert len(database) == 0 and database.search(describe(1).descriptor, 5, 0, 0) == []
     with pytest.raises(KeyError, match=str(ids[0])):
         database.keyframe(ids[0])
     with pytest.raises(KeyError, match=str(ids[0])):
         database.tokens([ids[0]])
-    kept = database.add(99 * SECOND, _describe(50))
-    assert [found for found, _ in database.search(_describe(50).descriptor, 5, 0, 0)] == [kept]
+    kept = database.add(99 * SECOND, describe(50))
+    assert [found for found, _ in database.search(describe(50).descriptor, 5, 0, 0)] == [kept]
     database.close()
     assert len(open_database()) == 1
 
@@ -161,15 +117,15 @@ def test_unknown_ids_are_named(open_database: Open, path: Path) -> None:
 
 def test_poses_come_in_order_with_their_sessions(open_database: Open) -> None:
     database = open_database()
-    first = database.add(1, _describe(1), POSE)
-    database.add(2, _describe(2))
-    third = database.add(3, _describe(3), Pose((9, 8, 7), (0, 0, 0, 1)))
+    first = database.add(1, describe(1), POSE)
+    database.add(2, describe(2))
+    third = database.add(3, describe(3), Pose((9, 8, 7), (0, 0, 0, 1)))
     expected = [(first, "monday", POSE), (third, "monday", Pose((9, 8, 7), (0, 0, 0, 1)))]
     assert database.poses() == expected
 
 
 def test_tokens_of_another_shape_are_refused(open_database: Open) -> None:
-    database, wrong = open_database(), _describe(1)
+    database, wrong = open_database(), describe(1)
     wrong = Description(wrong.descriptor, wrong.tokens[:-1], wrong.centres)
     with pytest.raises(ValueError, match=r"\(4, 16\).*\(5, 16\)"):
         database.add(1, wrong)
@@ -203,15 +159,15 @@ def test_search_equals_brute_force(open_database: Open, reopened: bool) -> None:
         database = open_database(session)
         for _ in range(count):
             seed, stamp = int(rng.integers(1 << 30)), int(rng.integers(0, 100 * SECOND))
-            keyframe_id = database.add(stamp, _describe(seed))
-            stored.append((keyframe_id, session, stamp, _describe(seed).descriptor))
+            keyframe_id = database.add(stamp, describe(seed))
+            stored.append((keyframe_id, session, stamp, describe(seed).descriptor))
         if session != "monday" or reopened:
             database.close()
             database = open_database(session)
     if not reopened:
         assert len(database) == len(stored)
     for _ in range(60):
-        query = _describe(int(rng.integers(1 << 30))).descriptor
+        query = describe(int(rng.integers(1 << 30))).descriptor
         k = int(rng.choice([1, 3, 10, 1000]))
         stamp = int(rng.integers(-20 * SECOND, 120 * SECOND))
         gap = int(rng.choice([0, 1, 10 * SECOND, 200 * SECOND]))
@@ -225,31 +181,31 @@ def test_the_gap_counts_from_exactly_there_and_both_ways(open_database: Open) ->
     """Also after a clock that jumped back, a picture just taken is no place seen before."""
     database = open_database()
     seconds = (60, 69, 70, 71, 130, 129, 131)
-    ids = {second: database.add(second * SECOND, _describe(second)) for second in seconds}
-    found = database.search(_describe(0).descriptor, 50, 100 * SECOND, 30 * SECOND)
+    ids = {second: database.add(second * SECOND, describe(second)) for second in seconds}
+    found = database.search(describe(0).descriptor, 50, 100 * SECOND, 30 * SECOND)
     assert {i for i, _ in found} == {ids[second] for second in (60, 69, 70, 130, 131)}
 
 
 def test_other_sessions_and_robots_are_never_too_recent(open_database: Open) -> None:
     mine = open_database("monday", robot_id=1)
-    own = mine.add(0, _describe(0))
+    own = mine.add(0, describe(0))
     mine.close()
     other = open_database("monday", robot_id=2)
-    theirs = other.add(0, _describe(1))
+    theirs = other.add(0, describe(1))
     other.close()
     database = open_database("monday", robot_id=1)
-    found = [i for i, _ in database.search(_describe(0).descriptor, 10, 0, SECOND)]
+    found = [i for i, _ in database.search(describe(0).descriptor, 10, 0, SECOND)]
     assert found == [theirs] and own not in found
 
 
 def test_fewer_eligible_than_asked_for(open_database: Open) -> None:
     database = open_database()
-    assert database.search(_describe(0).descriptor, 10, 0, 0) == []
+    assert database.search(describe(0).descriptor, 10, 0, 0) == []
     for i in range(9):
-        database.add(i * SECOND, _describe(i))
-    assert len(database.search(_describe(0).descriptor, 10, 0, 0)) == 9
-    assert len(database.search(_describe(0).descriptor, 10, 0, 6 * SECOND)) == 3
-    assert database.search(_describe(0).descriptor, 10, 0, 9 * SECOND) == []
+        database.add(i * SECOND, describe(i))
+    assert len(database.search(describe(0).descriptor, 10, 0, 0)) == 9
+    assert len(database.search(describe(0).descriptor, 10, 0, 6 * SECOND)) == 3
+    assert database.search(describe(0).descriptor, 10, 0, 9 * SECOND) == []
 
 
 # Memory
@@ -261,12 +217,12 @@ def test_memory_holds_a_bounded_number_of_tokens(
     each = PATCHES * DIMENSION * 2
     monkeypatch.setattr(module, "TOKEN_CACHE_BYTES", 7 * each + each // 2)
     database = open_database()
-    ids = [database.add(i, _describe(i)) for i in range(30)]
+    ids = [database.add(i, describe(i)) for i in range(30)]
     assert list(database._tokens) == ids[-7:]
     # Read once more, in any order and across the limit, all are the right ones.
     for chunk in (ids[:5], ids[3:13], [ids[29], ids[0], ids[29]], ids):
         found = database.tokens(chunk)
-        expected = np.stack([_describe(ids.index(i)).tokens for i in chunk])
+        expected = np.stack([describe(ids.index(i)).tokens for i in chunk])
         assert np.array_equal(found, expected)
         assert len(database._tokens) <= 7
         assert sum(tokens.nbytes for tokens in database._tokens.values()) <= 7 * each
@@ -295,7 +251,7 @@ def _refused(open_database: Open, *words: str, **changes: Any) -> None:
 
 def test_another_model_is_refused_and_both_are_named(open_database: Open, path: Path) -> None:
     database = open_database()
-    database.add(1, _describe(1))
+    database.add(1, describe(1))
     database.close()
     before = path.read_bytes()
     _refused(open_database, str(path), "tiny-0123", "other-4567", model_id="other-4567")
@@ -331,17 +287,17 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(
 
 def test_a_newer_schema_is_refused_and_left_alone(open_database: Open, path: Path) -> None:
     database = open_database()
-    database.add(1, _describe(1))
+    database.add(1, describe(1))
     database.close()
     with sqlite3.connect(path) as file:
-        file.execute(f"PRAGMA user_version = {module.SCHEMA_VERSION + 1}")
+        file.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     file.close()
     before = path.read_bytes()
     _refused(
         open_database,
         str(path),
-        f"schema {module.SCHEMA_VERSION + 1}",
-        f"reads schema {module.SCHEMA_VERSION}",
+        f"schema {SCHEMA_VERSION + 1}",
+        f"reads schema {SCHEMA_VERSION}",
     )
     assert path.read_bytes() == before
 
@@ -359,7 +315,7 @@ def test_a_folder_and_a_missing_folder_are_refused(open_database: Open, path: Pa
 )
 def test_a_damaged_descriptor_is_named(open_database: Open, path: Path, blob: bytes) -> None:
     database = open_database()
-    damaged = [database.add(i, _describe(i)) for i in range(3)][1]
+    damaged = [database.add(i, describe(i)) for i in range(3)][1]
     database.close()
     with sqlite3.connect(path) as file:
         file.execute("UPDATE keyframes SET descriptor = ? WHERE id = ?", (blob, damaged))
@@ -378,9 +334,9 @@ def test_a_file_without_its_model_is_refused(open_database: Open, path: Path) ->
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_descriptor_that_is_no_number_is_not_stored(open_database: Open, value: float) -> None:
     """Stored, it would make the whole file unreadable the next time."""
-    database, bad = open_database(), _describe(1)
+    database, bad = open_database(), describe(1)
     bad.descriptor[3] = value
-    database.add(1, _describe(1))
+    database.add(1, describe(1))
     with pytest.raises((ValueError, DatabaseError)):
         database.add(2, bad)
     database.close()
@@ -404,7 +360,7 @@ def test_a_read_only_file_is_refused(
     open_database: Open, path: Path, request: pytest.FixtureRequest
 ) -> None:
     database = open_database()
-    database.add(1, _describe(1))
+    database.add(1, describe(1))
     database.close()
     folders = [path.parent, *path.parent.parents]
     modes = {folder: folder.stat().st_mode for folder in folders[:4]}
@@ -426,7 +382,7 @@ def test_a_read_only_file_is_refused(
 def test_a_full_disk_loses_nothing_that_was_stored(open_database: Open, path: Path) -> None:
     """A real limit on file size stands for the full disk."""
     database = open_database()
-    stored = [database.add(i, _describe(i)) for i in range(3)]
+    stored = [database.add(i, describe(i)) for i in range(3)]
     used = path.with_name(path.name + "-wal").stat().st_size
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -434,16 +390,16 @@ def test_a_full_disk_loses_nothing_that_was_stored(open_database: Open, path: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (used + 100, limits[1]))
         with pytest.raises(DatabaseError) as caught:
             for i in range(3, 2000):
-                database.add(i, _describe(i))
+                database.add(i, describe(i))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert str(path) in str(caught.value) and "not stored" in str(caught.value)
     assert len(database) == len(stored), "memory holds what the disk holds"
-    stored.append(database.add(3000, _describe(3000)))  # room again: it goes on
+    stored.append(database.add(3000, describe(3000)))  # room again: it goes on
     database.close()
     database = open_database()
-    found = {i for i, _ in database.search(_describe(0).descriptor, 100, 0, 0)}
+    found = {i for i, _ in database.search(describe(0).descriptor, 100, 0, 0)}
     assert found == set(stored)
 
 
@@ -480,4 +436,4 @@ def test_a_killed_process_loses_nothing(open_database: Open, path: Path, after: 
     for stamp, keyframe_id in enumerate(printed):
         assert database.keyframe(keyframe_id).stamp_ns == stamp
     assert (database.tokens(printed[-3:])[-1] == (len(printed) - 1) % 1000).all()
-    database.add(10, _describe(10))
+    database.add(10, describe(10))

@@ -484,3 +484,39 @@ def test_the_same_images_give_the_same_decisions(
         ]
 
     assert run("one") == run("two")
+
+
+def test_localization_decides_as_mapping_does_and_stores_nothing(
+    make_detector: MakeDetector, make_picture: MakePicture
+) -> None:
+    """Agreement over keyframes in a row needs no keyframe of the robot's own."""
+    mapping = make_detector()
+    ids = [mapping.process(make_picture(i), i * SECOND).keyframe_id for i in range(6)]
+    mapping.database.close()
+    detector = make_detector("one", read_only=True, min_agreeing_keyframes=3, top_k=1)
+    closures = []
+    for i in range(6):
+        decision = detector.process(_in_another_light(make_picture(i)), i * SECOND)
+        assert decision.is_keyframe and decision.keyframe_id is None
+        assert [c.agreeing for c in decision.candidates] == [i + 1]
+        closures.append(decision.closure.keyframe.id if decision.closure else None)
+        assert "store" not in decision.timings_ms
+    assert closures == [None, None, *ids[2:]]
+    assert not detector.process(make_picture(5), 5 * SECOND).is_keyframe
+    assert len(detector.database) == 6
+
+
+def test_agreement_outlasts_a_thinned_map(
+    make_detector: MakeDetector, make_picture: MakePicture
+) -> None:
+    """Of a stretch only every seventh keyframe is left: farther apart by number than by place."""
+    mapping = make_detector()
+    ids = [mapping.process(make_picture(i), i * SECOND).keyframe_id for i in range(22)]
+    mapping.database._file.delete([i for i in ids if i is not None and i % 7 != 1])
+    mapping.database.close()
+    detector = make_detector("two", min_agreeing_keyframes=3, top_k=1)
+    found = [
+        detector.process(_in_another_light(make_picture(i)), i * SECOND) for i in (0, 7, 14, 21)
+    ]
+    assert [d.candidates[0].keyframe.id for d in found] == [1, 8, 15, 22]
+    assert [d.candidates[0].agreeing for d in found] == [1, 2, 3, 4]

@@ -212,6 +212,21 @@ def test_what_is_finished_is_kept(
         assert full.startswith(part) and part.endswith("\n")
 
 
+def test_localization_replays_against_a_map_and_leaves_it_alone(
+    laps: Path, config: Config, tmp_path: Path
+) -> None:
+    map_file = tmp_path / "map.db"
+    mapping = dataclasses.replace(config, database_path=str(map_file), session_id="mapping")
+    mapped = replay_recording(laps, tmp_path / "mapping", mapping)
+    before = map_file.read_bytes()
+    reading = dataclasses.replace(mapping, mode="localization", session_id="reading")
+    found = replay_recording(laps, tmp_path / "reading", reading)
+    assert map_file.read_bytes() == before
+    assert found["keyframes"] == mapped["keyframes"] and found["closures"] > mapped["closures"]
+    first = json.loads((tmp_path / "reading" / "decisions.jsonl").read_text().splitlines()[0])
+    assert first["query_id"] is None and first["match_session"] == "mapping"
+
+
 def test_a_bag_brings_its_camera_and_its_odometry(tiny_bundle: Path, tmp_path: Path) -> None:
     drive = simulate_drive(image_size=(160, 120))
     few = slice(0, 40)

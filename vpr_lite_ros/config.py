@@ -96,6 +96,27 @@ class OdometryConfig:
 
 
 @dataclass(frozen=True)
+class DatabaseConfig:
+    """How large the database may become."""
+
+    max_keyframes: int = _parameter(
+        0,
+        "Most keyframes to keep. When a new one would exceed this, those that are densest in place "
+        "and time are deleted, however old, and every place stays represented as long as there is "
+        "room for it. Memory: 2 KB each. 0: no limit.",
+        minimum=0,
+        maximum=10**7,
+    )
+    max_bytes: int = _parameter(
+        0,
+        "Most bytes that the database file may have; its log takes some MB more while the node "
+        "runs. A keyframe of the shipped model takes 450 KB. Exceeded: as above. 0: no limit.",
+        minimum=0,
+        maximum=10**15,
+    )
+
+
+@dataclass(frozen=True)
 class QosConfig:
     """Quality of service of the subscriptions."""
 
@@ -129,6 +150,12 @@ class Config:
         "",
         "SQLite file of keyframes; made if missing, added to if there. Empty: a temporary one "
         "that is gone when the node ends.",
+    )
+    mode: str = _parameter(
+        "mapping",
+        "mapping adds keyframes to the database. localization only reads them: the file stays as "
+        "it is, and may lie on a read-only medium.",
+        choices=("mapping", "localization"),
     )
     robot_id: int = _parameter(
         0, "Number of this robot, stored with its keyframes.", minimum=0, maximum=2**31 - 1
@@ -219,6 +246,7 @@ class Config:
     )
     keyframe: KeyframeConfig = field(default_factory=KeyframeConfig)
     odometry: OdometryConfig = field(default_factory=OdometryConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
     qos: QosConfig = field(default_factory=QosConfig)
 
 

@@ -1,78 +1,54 @@
-"""Keyframes: SQLite on disk, FAISS in memory.
+"""Keyframes: a file on disk, FAISS in memory.
 
 The file holds everything; memory holds the descriptors, in a FAISS index that is built on
-loading, and the tokens of the keyframes matched last. Each keyframe is its own transaction, so
-a process that dies loses none that ``add`` returned from.
+loading, and the tokens of the keyframes matched last. What is on disk, and from when on, is
+``storage.py``'s; which keyframes go when the database is full, ``thinning.py``'s.
 """
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from array import array
+import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.inference import Description
+from vpr_lite_ros.config import Config
+from vpr_lite_ros.inference import Bundle, Description
 from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.storage import (
+    PAGE_BYTES,
+    DamageError,
+    DatabaseError,
+    Head,
+    Keyframe,
+    KeyframeFile,
+    Pose,
+)
+from vpr_lite_ros.thinning import densest
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x5650524C
-"""Marks the file as ours ("VPRL") in SQLite's header."""
+__all__ = ["DatabaseError", "Keyframe", "KeyframeDatabase", "Pose", "open_database"]
+
 TOKEN_CACHE_BYTES = 64 * 2**20
+MOST_AT_ONCE = 64
+"""Keyframes deleted at a time when the database is full, or one in so many if there are fewer."""
 
-_SCHEMA = f"""
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-CREATE TABLE model (
-    model_id TEXT NOT NULL,
-    dimension INTEGER NOT NULL,
-    max_patches INTEGER NOT NULL
-);
-CREATE TABLE keyframes (
-    id INTEGER PRIMARY KEY,
-    robot_id INTEGER NOT NULL,
-    session TEXT NOT NULL,
-    stamp_ns INTEGER NOT NULL,
-    pose TEXT,             -- JSON: x y z in metres, qx qy qz qw, odometry frame; if known
-    camera TEXT,           -- JSON: intrinsics; if known
-    descriptor BLOB NOT NULL,  -- D float32
-    centres BLOB NOT NULL,     -- N x 2 float32, fractions of width and height
-    tokens BLOB NOT NULL,      -- N x D float16
-    thumbnail BLOB NOT NULL    -- small JPEG, for people; may be empty
-);
-"""
-
-
-class DatabaseError(RuntimeError):
-    """A database that cannot be used or written; the message names the file and why."""
-
-
-@dataclass(frozen=True)
-class Pose:
-    """Pose of the body in the odometry's frame: metres and a unit quaternion (x, y, z, w)."""
-
-    position: tuple[float, float, float]
-    quaternion: tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Keyframe:
-    """A stored keyframe without its descriptor and tokens."""
-
-    id: int
-    robot_id: int
-    session: str
-    stamp_ns: int
-    pose: Pose | None
-    camera: Camera | None
-    centres: NDArray[np.float32]
-    """(N, 2) patch centres, fractions of the image's width and height."""
+_ROW = np.dtype(
+    [
+        ("id", np.int64),
+        ("drive", np.int32),  # number of (robot, session)
+        ("robot", np.int32),
+        ("stamp", np.int64),
+        ("this_run", np.bool_),
+        ("moment", np.int64),  # of this run: nanoseconds on a clock that does not jump
+        ("pose", np.float64, 7),  # NaN if not known
+        ("travelled", np.float64),  # metres, in its drive
+    ]
+)
 
 
 class KeyframeDatabase:
@@ -85,13 +61,19 @@ class KeyframeDatabase:
     model_id, dimension, max_patches
         Of the model whose descriptors are stored. Descriptors of two models cannot be compared.
     session, robot_id
-        Stored with every keyframe that is added.
+        Stored with every keyframe that is added. A session of that name that the file already
+        has is continued.
+    read_only
+        Nothing is written; a read-only medium will do.
+    max_keyframes, max_bytes
+        When ``add`` would exceed them, the keyframes that are densest in place and time are
+        deleted first. Bytes are those of the file, without its log. 0: no limit.
 
     Raises
     ------
     DatabaseError
-        If the file cannot be opened, is no such database, has another schema or was made with
-        another model. The file is left as it is.
+        If the file cannot be opened, is no such database, has a newer schema, is damaged or was
+        made with another model. The file is left as it is.
     """
 
     def __init__(
@@ -103,103 +85,131 @@ class KeyframeDatabase:
         max_patches: int,
         session: str,
         robot_id: int = 0,
+        read_only: bool = False,
+        max_keyframes: int = 0,
+        max_bytes: int = 0,
     ) -> None:
         self.path = str(path)
         self.model_id, self.session, self.robot_id = model_id, session, robot_id
         self.dimension, self.max_patches = dimension, max_patches
-        self._index = faiss.IndexFlatIP(dimension)
-        # Row r of the index is keyframe _ids[r], seen at _stamps[r] in session _sessions[r].
-        self._ids, self._stamps, self._sessions = array("q"), array("q"), array("q")
-        self._session_numbers: dict[tuple[int, str], int] = {}
+        self.read_only = read_only
+        self.max_keyframes, self.max_bytes = max_keyframes, max_bytes
         self._tokens: OrderedDict[int, NDArray[np.float16]] = OrderedDict()
+        self._clear_memory()
+        self._file = KeyframeFile(
+            self.path,
+            model_id=model_id,
+            dimension=dimension,
+            max_patches=max_patches,
+            read_only=read_only,
+        )
         try:
-            # The detector's owner sees to it that one thread at a time is in here.
-            self._sql = sqlite3.connect(
-                self.path, isolation_level=None, check_same_thread=False, timeout=5
-            )
-            try:
-                self._open()
-            except BaseException:
-                self._sql.close()
-                raise
-        except sqlite3.Error as error:
-            raise DatabaseError(
-                f"database {self.path}: {error}. Is it a database of vpr_lite_ros, and may this "
-                "user write it and its folder?"
-            ) from error
+            self._load()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return self._count
 
-    def _open(self) -> None:
-        application, version = (
-            self._sql.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("application_id", "user_version")
-        )
-        empty = self._sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if empty:
-            self._log_ahead()
-            with self._transaction():
-                for statement in _SCHEMA.split(";\n"):
-                    self._sql.execute(statement)
-                model = (self.model_id, self.dimension, self.max_patches)
-                self._sql.execute("INSERT INTO model VALUES (?, ?, ?)", model)
-            return
-        if application != APPLICATION_ID:
-            raise DatabaseError(
-                f"database {self.path} was not made by vpr_lite_ros: pass another database_path"
-            )
-        if version != SCHEMA_VERSION:
-            raise DatabaseError(
-                f"database {self.path} has schema {version}, this release reads schema "
-                f"{SCHEMA_VERSION}: use the release that made it, or another database_path"
-            )
-        row = self._sql.execute("SELECT model_id FROM model").fetchone()
-        if row is None:
-            raise DatabaseError(
-                f"database {self.path} does not say which model made it: it is damaged. Restore "
-                "it from a copy, or pass another database_path"
-            )
-        (stored,) = row
-        if stored != self.model_id:
-            raise DatabaseError(
-                f"database {self.path} was made with model {stored}, but model {self.model_id} is "
-                "running: their descriptors cannot be compared. Pass the bundle it was made "
-                "with, or another database_path"
-            )
-        self._log_ahead()
-        rows = self._sql.execute(
-            "SELECT id, robot_id, session, stamp_ns, descriptor FROM keyframes ORDER BY id"
-        )
-        while batch := rows.fetchmany(1024):
-            descriptors = np.stack([self._descriptor(row[0], row[4]) for row in batch])
-            self._index.add(descriptors)
-            for keyframe_id, robot_id, session, stamp_ns, _ in batch:
-                self._remember(keyframe_id, robot_id, session, stamp_ns)
+    @property
+    def durable_id(self) -> int:
+        """Keyframes up to this id are on the disk, should power fail: at most a second behind
+        ``add``. 0 while there is none, and in a temporary database."""
+        return self._file.durable_id
 
-    def _log_ahead(self) -> None:
-        """Only once the file is known to be ours: the mode is written into it."""
-        self._sql.execute("PRAGMA journal_mode = WAL")
-        self._sql.execute("PRAGMA synchronous = NORMAL")
+    @property
+    def fault(self) -> str:
+        """Why stored keyframes are not getting onto the disk, or are not used; empty if all is
+        well."""
+        return self._file.fault or self._fault
 
-    def _descriptor(self, keyframe_id: int, blob: bytes) -> NDArray[np.float32]:
-        whole = len(blob) == 4 * self.dimension
-        descriptor = np.frombuffer(blob if whole else b"", np.float32)
-        if not whole or not np.isfinite(descriptor).all():
-            raise DatabaseError(
-                f"database {self.path}: the descriptor of keyframe {keyframe_id} is damaged. "
-                "Restore the file from a copy, or pass another database_path"
-            )
-        return descriptor
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the file and its log."""
+        files = (Path(self.path + suffix) for suffix in ("", "-wal"))
+        return sum(file.stat().st_size for file in files if self.path and file.is_file())
 
-    def _remember(self, keyframe_id: int, robot_id: int, session: str, stamp_ns: int) -> None:
-        numbers = self._session_numbers
-        self._ids.append(keyframe_id)
-        self._stamps.append(stamp_ns)
-        self._sessions.append(numbers.setdefault((robot_id, session), len(numbers)))
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of descriptors, cached tokens and what is known of each keyframe."""
+        tokens = sum(tokens.nbytes for tokens in self._tokens.values())
+        return self._count * 4 * self.dimension + tokens + self._rows.nbytes
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._sql)
+    def _clear_memory(self) -> None:
+        self._index = faiss.IndexFlatIP(self.dimension)
+        self._rows = np.zeros(0, _ROW)  # the first _count rows are those of the index
+        self._count = 0
+        self._drives: dict[tuple[int, str], int] = {}
+        self._drives_of_this_run = {(self.robot_id, self.session)}
+        self._last_in_drive: dict[int, NDArray[np.void]] = {}
+        self._jump_ns: int | None = 0
+        self._last_moment: int | None = None
+        self._fault = ""
+        self._tokens.clear()
+
+    def _load(self) -> None:
+        waiting = np.empty((1024, self.dimension), np.float32)
+        filled = 0
+        for head in self._file.heads():
+            waiting[filled] = head.descriptor
+            filled += 1
+            # What a localising robot finds in the file is none of its own run.
+            self._remember(head, not self.read_only)
+            if filled == len(waiting):
+                self._index.add(waiting)
+                filled = 0
+        self._index.add(waiting[:filled])
+
+    def _remember(self, head: Head, may_be_this_run: bool) -> None:
+        """Keep a row of a keyframe whose descriptor goes into the index."""
+        if self._count == len(self._rows):
+            more = np.zeros(max(64, self._count), _ROW)
+            self._rows = np.concatenate([self._rows, more])
+        row = self._rows[self._count]
+        drive = head.robot_id, head.session
+        row["id"], row["robot"], row["stamp"] = head.id, head.robot_id, head.stamp_ns
+        row["drive"] = number = self._drives.setdefault(drive, len(self._drives))
+        pose = head.pose
+        row["pose"] = (*pose.position, *pose.quaternion) if pose else math.nan
+        if may_be_this_run and drive in self._drives_of_this_run:
+            row["this_run"], row["moment"] = True, self._moment(head.stamp_ns)
+            self._last_moment = max(row["moment"], self._last_moment or row["moment"])
+        before = self._last_in_drive.get(number)
+        if before is not None:
+            step = np.linalg.norm(row["pose"][:3] - before["pose"][:3])
+            row["travelled"] = before["travelled"] + (step if np.isfinite(step) else 0)
+        self._last_in_drive[number] = row.copy()
+        self._count += 1
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    def begin_session(self, name: str) -> str:
+        """Begin another session, as when the clock jumps or a bag begins anew; keyframes stay.
+
+        Returns the session's name: ``name``, or ``name-2`` and so on where the robot already has
+        a session of that name. The gap of ``search`` goes on across the jump, for which no time at
+        all is counted, whatever the stamps say: a keyframe taken 10 s before the last one of the
+        session that ended is 15 s old when the first one of the new session is 5 s old.
+        """
+        taken, number = name, 1
+        while (self.robot_id, name) in self._drives | dict.fromkeys(self._drives_of_this_run, 0):
+            number += 1
+            name = f"{taken}-{number}"
+        self.session = name
+        self._drives_of_this_run.add((self.robot_id, name))
+        if self._last_moment is not None:
+            self._jump_ns = None
+        return name
+
+    def _moment(self, stamp_ns: int) -> int:
+        """``stamp_ns`` on this run's clock, which goes on where it was when a session begins."""
+        if self._jump_ns is None:
+            assert self._last_moment is not None
+            self._jump_ns = self._last_moment - stamp_ns
+        return stamp_ns + self._jump_ns
+
+    # -- adding --------------------------------------------------------------------------------
 
     def add(
         self,
@@ -208,16 +218,29 @@ class KeyframeDatabase:
         pose: Pose | None = None,
         camera: Camera | None = None,
         thumbnail: bytes = b"",
+        *,
+        robot_id: int | None = None,
+        session: str | None = None,
     ) -> int:
-        """Store a keyframe and return its id.
+        """Store a keyframe and return its id. Once that is known, only a power failure can lose it,
+        and from ``durable_id`` on not even that.
+
+        Parameters
+        ----------
+        robot_id, session
+            Of another robot whose keyframe it is, both or neither. One that is already stored
+            (same robot, session and stamp) is not stored again: its id is returned.
 
         Raises
         ------
         DatabaseError
             If it cannot be written (disk full, read-only); what is stored stays as it is.
         ValueError
-            If the description has another shape than the database's or is not finite.
+            If the description has another shape than the database's or is not finite, or if
+            another robot's keyframe says that it is of a session of this run.
         """
+        if self.read_only:
+            raise DatabaseError(f"database {self.path} is only read in mode localization")
         tokens = np.ascontiguousarray(description.tokens, np.float16)
         expected = (self.max_patches, self.dimension)
         if tokens.shape != expected:
@@ -227,116 +250,170 @@ class KeyframeDatabase:
             raise ValueError(
                 f"descriptor of shape {descriptor.shape} is not {self.dimension} finite numbers"
             )
+        if robot_id is None or session is None:
+            robot_id, session = self.robot_id, self.session
+        else:
+            stored = self._stored(robot_id, session, stamp_ns)
+            if stored is not None:
+                return stored
         centres = np.ascontiguousarray(description.centres, np.float32)
-        pose_text = json.dumps([*pose.position, *pose.quaternion]) if pose else None
-        camera_text = camera.to_json() if camera else None
-        try:
-            cursor = self._sql.execute(
-                "INSERT INTO keyframes (robot_id, session, stamp_ns, pose, camera, descriptor, "
-                "centres, tokens, thumbnail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    self.robot_id,
-                    self.session,
-                    stamp_ns,
-                    pose_text,
-                    camera_text,
-                    descriptor.tobytes(),
-                    centres.tobytes(),
-                    tokens.tobytes(),
-                    thumbnail,
-                ),
-            )
-        except sqlite3.Error as error:
-            raise DatabaseError(
-                f"database {self.path}: keyframe not stored: {error}. Is the disk full or "
-                "read-only?"
-            ) from error
-        keyframe_id = cursor.lastrowid
-        assert keyframe_id is not None
+        self._make_room(tokens.nbytes + centres.nbytes + descriptor.nbytes + len(thumbnail))
+        keyframe_id = self._file.insert(
+            robot_id, session, stamp_ns, pose, camera, descriptor, centres, tokens, thumbnail
+        )
         self._index.add(descriptor[None])
-        self._remember(keyframe_id, self.robot_id, self.session, stamp_ns)
+        self._remember(Head(keyframe_id, robot_id, session, stamp_ns, pose, descriptor), True)
         self._cache(keyframe_id, tokens)
         return keyframe_id
+
+    def _stored(self, robot_id: int, session: str, stamp_ns: int) -> int | None:
+        """Id of another robot's keyframe, if it is there."""
+        if (robot_id, session) in self._drives_of_this_run:
+            raise ValueError(
+                f"a keyframe of another robot says robot_id {robot_id}, session {session}, which "
+                "is this robot's: give each robot a robot_id of its own"
+            )
+        rows = self._rows[: self._count]
+        same = (rows["stamp"] == stamp_ns) & (
+            rows["drive"] == self._drives.get((robot_id, session), -1)
+        )
+        found = np.flatnonzero(same)
+        return int(rows["id"][found[0]]) if len(found) else None
+
+    def _make_room(self, content_bytes: int) -> None:
+        """Delete what is densest until one more keyframe fits."""
+        while (excess := self._excess(content_bytes)) > 0:
+            if self._count < 2:
+                raise DatabaseError(
+                    f"database {self.path}: keyframe not stored: it does not fit into "
+                    f"database.max_keyframes {self.max_keyframes} and database.max_bytes "
+                    f"{self.max_bytes}. Raise them, or 0 for no limit"
+                )
+            rows = self._rows[: self._count]
+            chosen = densest(
+                self._index,
+                rows["robot"],
+                rows["drive"],
+                rows["stamp"],
+                rows["pose"][:, :3],
+                rows["travelled"],
+                max(excess, min(MOST_AT_ONCE, self._count // MOST_AT_ONCE)),
+                seed=int(rows["id"][-1]),
+            )
+            self._file.delete(rows["id"][chosen].tolist())
+            self._forget(chosen)
+
+    def _excess(self, content_bytes: int) -> int:
+        """How many keyframes must go before one with so many bytes of content is added."""
+        excess = self._count + 1 - self.max_keyframes if self.max_keyframes else 0
+        if self.max_bytes:
+            used = self._file.used_bytes
+            room = content_bytes + 4 * PAGE_BYTES
+            if used + room > self.max_bytes:
+                over = used + room - self.max_bytes
+                excess = max(excess, math.ceil(over * self._count / used), 1)
+        return excess
+
+    def _forget(self, chosen: NDArray[np.int64]) -> None:
+        """Drop rows from memory, so that no search names them."""
+        for keyframe_id in self._rows["id"][chosen].tolist():
+            self._tokens.pop(keyframe_id, None)
+        self._index.remove_ids(faiss.IDSelectorBatch(chosen))
+        self._rows = np.delete(self._rows, chosen)
+        self._count -= len(chosen)
+
+    # -- finding -------------------------------------------------------------------------------
 
     def search(
         self, descriptor: NDArray[np.float32], k: int, stamp_ns: int, min_gap_ns: int
     ) -> list[tuple[int, float]]:
         """The ``k`` most similar keyframes, best first, as (id, cosine).
 
-        Keyframes of the running session within ``min_gap_ns`` of ``stamp_ns``, before or after,
-        are left out by a FAISS selector; there are ``k`` results whenever ``k`` are eligible.
+        Keyframes of this run within ``min_gap_ns`` of ``stamp_ns``, before or after, are left out
+        by a FAISS selector, be it by their stamp or by the time that has passed; there are ``k``
+        results whenever ``k`` are eligible. This run's are those of the running session and of
+        those before it that ``begin_session`` ended.
         """
-        if not self._ids:
+        if not self._count:
             return []
-        ours = self._session_numbers.get((self.robot_id, self.session), -1)
-        stamps = np.frombuffer(self._stamps, np.int64)
-        recent = np.abs(stamps - stamp_ns) < min_gap_ns
-        eligible = ~(recent & (np.frombuffer(self._sessions, np.int64) == ours))
+        rows = self._rows[: self._count]
+        # Before a new session's first keyframe, its clock stands where the one before stopped.
+        now = self._last_moment if self._jump_ns is None else stamp_ns + self._jump_ns
+        recent = np.abs(rows["moment"] - (now or 0)) < min_gap_ns
+        # Where the clock went back, stamps come twice: who is told one must know which is meant.
+        recent |= np.abs(rows["stamp"] - stamp_ns) < min_gap_ns
+        eligible = ~(rows["this_run"] & recent)
         bitmap = np.packbits(eligible, bitorder="little")
         selector = faiss.IDSelectorBitmap(len(eligible), faiss.swig_ptr(bitmap))
         found = min(k, int(eligible.sum()))
         if found == 0:
             return []
-        similarities, rows = self._index.search(
+        similarities, numbers = self._index.search(
             np.ascontiguousarray(descriptor[None], np.float32),
             found,
             params=faiss.SearchParameters(sel=selector),
         )
-        return [
-            (self._ids[row], float(similarity))
-            for row, similarity in zip(rows[0].tolist(), similarities[0].tolist(), strict=True)
-        ]
+        ids = rows["id"][numbers[0]].tolist()
+        return list(zip(ids, map(float, similarities[0]), strict=True))
+
+    def steps_between(self, one: Keyframe, other: Keyframe) -> float:
+        """How many stored keyframes of their drive one comes after the other; infinity if they
+        are of two robots or sessions. Those deleted since, even these two, do not count."""
+        drive = self._drives.get((one.robot_id, one.session), -1)
+        if (one.robot_id, one.session) != (other.robot_id, other.session):
+            return math.inf
+        rows = self._rows[: self._count]
+        first, last = np.searchsorted(rows["id"], sorted((one.id, other.id)))
+        return int((rows["drive"][first:last] == drive).sum())
 
     def keyframe(self, keyframe_id: int) -> Keyframe:
-        """The stored keyframe ``keyframe_id``; ``KeyError`` if there is none."""
-        row = self._sql.execute(
-            "SELECT robot_id, session, stamp_ns, pose, camera, centres FROM keyframes WHERE id = ?",
-            (keyframe_id,),
-        ).fetchone()
-        if row is None:
-            raise KeyError(f"database {self.path} has no keyframe {keyframe_id}")
-        robot_id, session, stamp_ns, pose_text, camera_text, centres = row
-        pose = _pose(pose_text) if pose_text else None
-        camera = Camera.from_json(camera_text) if camera_text else None
-        return Keyframe(
-            keyframe_id,
-            robot_id,
-            session,
-            stamp_ns,
-            pose,
-            camera,
-            np.frombuffer(centres, np.float32).reshape(-1, 2),
-        )
+        """The stored keyframe ``keyframe_id``; ``KeyError`` if there is none.
 
-    def tokens(self, ids: list[int]) -> NDArray[np.float16]:
+        ``DatabaseError`` if it is damaged; searches no longer name it then. The same goes for
+        ``tokens``.
+        """
+        with self._leaving_out_damage(keyframe_id):
+            return self._file.keyframe(keyframe_id)
+
+    def tokens(self, ids: Sequence[int]) -> NDArray[np.float16]:
         """Tokens (B, N, D) of the keyframes ``ids``; ``KeyError`` if one is missing."""
         found = []
         for keyframe_id in ids:
             tokens = self._tokens.get(keyframe_id)
             if tokens is None:
-                row = self._sql.execute(
-                    "SELECT tokens FROM keyframes WHERE id = ?", (keyframe_id,)
-                ).fetchone()
-                if row is None:
-                    raise KeyError(f"database {self.path} has no keyframe {keyframe_id}")
-                tokens = np.frombuffer(row[0], np.float16).reshape(-1, self.dimension)
+                with self._leaving_out_damage(keyframe_id):
+                    tokens = self._file.tokens(keyframe_id)
             self._cache(keyframe_id, tokens)
             found.append(tokens)
         return np.stack(found)
 
     def thumbnail(self, keyframe_id: int) -> bytes:
         """The keyframe's small JPEG; empty if there is none."""
-        row = self._sql.execute(
-            "SELECT thumbnail FROM keyframes WHERE id = ?", (keyframe_id,)
-        ).fetchone()
-        return bytes(row[0]) if row else b""
+        try:
+            return self._file.thumbnail(keyframe_id)
+        except KeyError:
+            return b""
 
     def poses(self) -> list[tuple[int, str, Pose]]:
         """(id, session, pose) of all keyframes whose pose is known, in order of insertion."""
-        rows = self._sql.execute(
-            "SELECT id, session, pose FROM keyframes WHERE pose IS NOT NULL ORDER BY id"
-        )
-        return [(row[0], row[1], _pose(row[2])) for row in rows]
+        rows = self._rows[: self._count]
+        rows = rows[~np.isnan(rows["pose"][:, 0])]
+        sessions = [session for _, session in self._drives]
+        poses = (Pose((x, y, z), (*q,)) for x, y, z, *q in rows["pose"].tolist())
+        numbers = rows["drive"].tolist()
+        return list(zip(rows["id"].tolist(), [sessions[n] for n in numbers], poses, strict=True))
+
+    @contextmanager
+    def _leaving_out_damage(self, keyframe_id: int) -> Iterator[None]:
+        """A keyframe that cannot be read must not spoil every image of its place."""
+        try:
+            yield
+        except (DamageError, KeyError) as error:
+            row = np.flatnonzero(self._rows["id"][: self._count] == keyframe_id)
+            if len(row):
+                self._fault = f"{error.args[0]}. Keyframe {keyframe_id} is not used any more"
+                self._forget(row)
+            raise
 
     def _cache(self, keyframe_id: int, tokens: NDArray[np.float16]) -> None:
         """Keep ``tokens`` as those used last; let go of the ones used longest ago."""
@@ -345,43 +422,34 @@ class KeyframeDatabase:
         while len(self._tokens) * tokens.nbytes > TOKEN_CACHE_BYTES:
             self._tokens.popitem(last=False)
 
+    # -- the file ------------------------------------------------------------------------------
+
     def save(self) -> None:
         """Bring everything from SQLite's log into the file itself, and on to the disk."""
-        try:
-            self._sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error as error:
-            raise DatabaseError(f"database {self.path}: not saved: {error}") from error
+        self._file.save()
 
     def reset(self) -> None:
         """Delete all keyframes, of every session."""
-        try:
-            with self._transaction():
-                self._sql.execute("DELETE FROM keyframes")
-        except sqlite3.Error as error:
-            raise DatabaseError(f"database {self.path}: not emptied: {error}") from error
-        self._index.reset()
-        self._ids, self._stamps, self._sessions = array("q"), array("q"), array("q")
-        self._session_numbers.clear()
-        self._tokens.clear()
+        if self.read_only:
+            raise DatabaseError(f"database {self.path} is only read in mode localization")
+        self._file.clear()
+        self._clear_memory()
 
     def close(self) -> None:
         """Write what is left and let the file go."""
-        self._sql.close()
+        self._file.close()
 
 
-def _pose(text: str) -> Pose:
-    x, y, z, qx, qy, qz, qw = json.loads(text)
-    return Pose((x, y, z), (qx, qy, qz, qw))
-
-
-class _Transaction:
-    """``with`` block that is committed as a whole or not at all."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._sql = connection
-
-    def __enter__(self) -> None:
-        self._sql.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._sql.execute("ROLLBACK" if kind else "COMMIT")
+def open_database(config: Config, bundle: Bundle, session: str) -> KeyframeDatabase:
+    """The database that the parameters ask for, of the bundle's model; see its errors."""
+    return KeyframeDatabase(
+        config.database_path,
+        model_id=bundle.model_id,
+        dimension=bundle.dimension,
+        max_patches=bundle.max_patches,
+        session=session,
+        robot_id=config.robot_id,
+        read_only=config.mode == "localization",
+        max_keyframes=config.database.max_keyframes,
+        max_bytes=config.database.max_bytes,
+    )

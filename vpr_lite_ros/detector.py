@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vpr_lite_ros.calibration import features
 from vpr_lite_ros.config import Config
-from vpr_lite_ros.database import Keyframe, KeyframeDatabase, Pose
+from vpr_lite_ros.database import DatabaseError, Keyframe, KeyframeDatabase, Pose
 from vpr_lite_ros.image import Image, fit, thumbnail
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import (
@@ -30,7 +30,9 @@ from vpr_lite_ros.matching import (
 )
 
 AGREEMENT_WINDOW = 5
-"""Matches of consecutive keyframes agree when they are at most this many keyframes apart."""
+"""Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
+CLOCK_TOLERANCE_NS = 1_000_000_000
+"""Images may come this much out of order; a stamp further back means that the clock was set."""
 FASTEST_M_PER_S = 60.0
 """Odometry that moves faster has been set anew: what it said before cannot be compared."""
 PLANAR_TOLERANCE_PX = 24.0
@@ -75,13 +77,19 @@ class Decision:
 
     stamp_ns: int
     keyframe_id: int | None = None
-    """Id under which the image was stored; None if it is no keyframe."""
+    """Id under which the image was stored; None if it is no keyframe, or nothing is stored."""
     candidates: list[Candidate] = field(default_factory=list)
     """In order of retrieval, each with its status."""
     closure: Candidate | None = None
     """The accepted candidate, if there is one."""
+    new_session: str = ""
+    """Name of the session that began with this image, where the clock had gone back."""
+    fault: str = ""
+    """Why the keyframe could not be stored, where it could not."""
     centres: NDArray[np.float32] | None = None
     """(N, 2) the query's patch centres, to draw matches with."""
+    is_keyframe: bool = False
+    """Whether the image was looked up. In mode localization no keyframe is stored."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds by stage: resize, place, search, match, verify, store."""
 
@@ -109,6 +117,7 @@ class LoopDetector:
 
     def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
         self.model, self.database = model, database
+        self._session = database.session
         self.configure(config)
         self.forget()
 
@@ -160,6 +169,8 @@ class LoopDetector:
     ) -> Decision:
         """Look ``image`` up among the keyframes, judge what is found, and store it.
 
+        A database that is only read (mode localization) stores nothing; all else is the same.
+
         Parameters
         ----------
         image
@@ -176,9 +187,10 @@ class LoopDetector:
         ImageError
             If the image cannot be used.
         DatabaseError
-            If the keyframe cannot be stored.
+            If the keyframes cannot be read. Of one that cannot be stored ``fault`` says why.
         """
         decision = Decision(stamp_ns)
+        self._notice_jump(stamp_ns, decision)
         if not self.is_due(stamp_ns, pose):
             return decision
         description = self._describe(image, decision)
@@ -190,12 +202,8 @@ class LoopDetector:
         passed = self._allowed_by_odometry(self._verify(description, camera, decision), pose)
         decision.closure = self._accept(passed, stamp_ns)
 
-        with _timed(decision, "store"):
-            decision.keyframe_id = self.database.add(
-                stamp_ns, description, pose, camera, thumbnail(image)
-            )
-        if pose is not None:
-            self._travelled_at[decision.keyframe_id] = self._travelled_m
+        self._store(decision, image, description, pose, camera)
+        decision.is_keyframe = True
         self._passed_before = passed
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
@@ -327,6 +335,34 @@ class LoopDetector:
                 return Status.LOW_CONFIDENCE
         return Status.NOT_BEST
 
+    def _notice_jump(self, stamp_ns: int, decision: Decision) -> None:
+        """Stamps that go back begin a new session: a clock that was set, a bag that loops."""
+        if self._last_stamp_ns is None or stamp_ns >= self._last_stamp_ns - CLOCK_TOLERANCE_NS:
+            return
+        self.forget()
+        decision.new_session = self.database.begin_session(self._session)
+
+    def _store(
+        self,
+        decision: Decision,
+        image: Image,
+        description: Description,
+        pose: Pose | None,
+        camera: Camera | None,
+    ) -> None:
+        """Keep the keyframe, unless the database is only read; a full disk costs no closure."""
+        if self.database.read_only:
+            return
+        with _timed(decision, "store"):
+            try:
+                decision.keyframe_id = self.database.add(
+                    decision.stamp_ns, description, pose, camera, thumbnail(image)
+                )
+            except DatabaseError as error:
+                decision.fault = str(error)
+        if pose is not None and decision.keyframe_id is not None:
+            self._travelled_at[decision.keyframe_id] = self._travelled_m
+
     def _drive(self, stamp_ns: int, pose: Pose | None) -> None:
         """Add the way since the last keyframe to the distance driven, by odometry."""
         if pose is None or self._last_pose is None or self._last_stamp_ns is None:
@@ -359,8 +395,11 @@ class LoopDetector:
             return None
         best = max(agreeing, key=sureness)
         self._recognised = best.keyframe
-        same_revisit = recognised_before and are_neighbours(recognised_before, best.keyframe)
-        if same_revisit and self._last_closure_ns is not None:
+        goes_on = (
+            recognised_before is not None
+            and self.database.steps_between(recognised_before, best.keyframe) <= AGREEMENT_WINDOW
+        )
+        if goes_on and self._last_closure_ns is not None:
             since_s = abs(stamp_ns - self._last_closure_ns) / 1e9
             if since_s < self.config.min_closure_interval_s:
                 best.status = Status.TOO_SOON
@@ -375,7 +414,8 @@ class LoopDetector:
             streaks = [
                 before.agreeing
                 for before in self._passed_before
-                if are_neighbours(before.keyframe, candidate.keyframe)
+                if self.database.steps_between(before.keyframe, candidate.keyframe)
+                <= AGREEMENT_WINDOW
             ]
             candidate.agreeing = 1 + max(streaks, default=0)
         agreeing = []
@@ -396,12 +436,6 @@ def sureness(candidate: Candidate) -> tuple[float, int]:
 def features_of(candidate: Candidate) -> list[float]:
     """What the calibration knows of a matched candidate."""
     return features(candidate.similarity, candidate.match_score, candidate.agreement)
-
-
-def are_neighbours(one: Keyframe, other: Keyframe) -> bool:
-    """Whether two keyframes belong to one stretch of one drive."""
-    drives = (one.robot_id, one.session), (other.robot_id, other.session)
-    return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW
 
 
 def _angle(pose0: Pose, pose1: Pose) -> float:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from vpr_lite_ros import config
-from vpr_lite_ros.database import APPLICATION_ID, SCHEMA_VERSION
 from vpr_lite_ros.health import Finding, Severity
 from vpr_lite_ros.inference import (
     ALIKE_COSINE,
@@ -33,6 +32,7 @@ from vpr_lite_ros.inference import (
     BundleError,
     load_bundle,
 )
+from vpr_lite_ros.storage import APPLICATION_ID, SCHEMA_VERSION
 
 FINE, PROBLEMS, WARNINGS = 0, 1, 3
 """Exit codes."""

@@ -22,7 +22,7 @@ from vpr_lite_ros.benchmarks import Benchmark, read_frames
 from vpr_lite_ros.calibration import expected_calibration_error
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector, are_neighbours, sureness
+from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, LoopDetector, sureness
 from vpr_lite_ros.evaluation import Booleans, GroundTruth, precision_recall, recall_at
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import PlaceModel
@@ -229,7 +229,7 @@ def agreed(found: Sequence[Found], min_agreeing: int) -> list[Answer]:
         chains = []
         for candidate in one.candidates:
             sure = sureness(candidate)[0]
-            near = [links for other, links in before if are_neighbours(other, candidate.keyframe)]
+            near = [links for other, links in before if _are_neighbours(other, candidate.keyframe)]
             links = [sure]
             for length in range(1, min_agreeing):
                 longest = max((chain[length - 1] for chain in near), default=-math.inf)
@@ -243,6 +243,12 @@ def agreed(found: Sequence[Found], min_agreeing: int) -> list[Answer]:
         else:
             answers.append(Answer(one.answer.frame, [], math.nan))
     return answers
+
+
+def _are_neighbours(one: Keyframe, other: Keyframe) -> bool:
+    """As the detector's. A measurement deletes no keyframe, so that ids count them."""
+    drives = (one.robot_id, one.session), (other.robot_id, other.session)
+    return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW
 
 
 def reorder(answer: Answer, scores: Sequence[float]) -> Answer:

@@ -35,7 +35,7 @@ from visualization_msgs.msg import MarkerArray
 
 from vpr_lite_ros import messages, node_parameters
 from vpr_lite_ros.config import ConfigError
-from vpr_lite_ros.database import DatabaseError, KeyframeDatabase
+from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, open_database
 from vpr_lite_ros.detector import Decision, LoopDetector
 from vpr_lite_ros.image import Image, ImageError, decode_message, draw_matches
 from vpr_lite_ros.inference import (
@@ -49,7 +49,7 @@ from vpr_lite_ros.matching import Status
 from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.node_inputs import AnyImage, Inputs
 from vpr_lite_ros.srv import GetLoopClosures, QueryImage
-from vpr_lite_ros.tally import Tally, disk_mb, resident_mb
+from vpr_lite_ros.tally import Tally, resident_mb
 from vpr_lite_ros.worker import Worker
 
 CLOSURES_KEPT = 10_000
@@ -178,14 +178,7 @@ class LoopClosureNode(LifecycleNode):
             most_candidates=self.config.top_k,
             behind=True,
         )
-        database = KeyframeDatabase(
-            self.config.database_path,
-            model_id=model.bundle.model_id,
-            dimension=model.bundle.dimension,
-            max_patches=model.bundle.max_patches,
-            session=session,
-            robot_id=self.config.robot_id,
-        )
+        database = open_database(self.config, model.bundle, session)
         return Opened(model, database, LoopDetector(self.config, model, database))
 
     def _close(self) -> None:
@@ -296,7 +289,14 @@ class LoopClosureNode(LifecycleNode):
         decoded = time.perf_counter()
         with self._detector_lock:
             decision = detector.process(image, stamp_ns, pose, inputs.camera)
-        if decision.keyframe_id is None:
+        if decision.new_session:
+            self.get_logger().warning(
+                f"stamps went back to {stamp_ns / 1e9:.3f} s: a bag that loops, a clock that was "
+                f"set? Session {decision.new_session} begins"
+            )
+        if decision.fault:
+            self._drop("not stored", decision.fault)
+        if not decision.is_keyframe:
             return
         latency_ms = (time.perf_counter() - began) * 1e3
         self._tally.took(
@@ -494,15 +494,17 @@ class LoopClosureNode(LifecycleNode):
         )
 
     def _describe_opened(self, opened: Opened) -> dict[str, object]:
-        path = self.config.database_path
+        database = opened.database
         return {
             "backend": opened.model.backend,
             "model_id": opened.model.bundle.model_id,
             "database": self._database_name(),
-            "database_mb_on_disk": f"{disk_mb(path):.1f}",
+            "database_mb_on_disk": f"{database.bytes_on_disk / 2**20:.1f}",
+            "database_mb_in_ram": f"{database.bytes_in_memory / 2**20:.1f}",
+            "durable_keyframe": database.durable_id,
             "process_mb_in_ram": f"{resident_mb():.0f}",
-            "session": opened.database.session,
-            "keyframes": len(opened.database),
+            "session": database.session,
+            "keyframes": len(database),
             "closures": len(self._closures),
             "camera_info": "known" if self._inputs and self._inputs.camera else "none",
         }
@@ -511,8 +513,10 @@ class LoopClosureNode(LifecycleNode):
         """What a person beside the robot should look at first; empty if all is well."""
         if self._inputs is not None and self._inputs.trouble:
             return self._inputs.trouble
-        if self._opened is not None and self._opened.model.fault:
-            return self._opened.model.fault
+        if self._opened is not None:
+            fault = self._opened.model.fault or self._opened.database.fault
+            if fault:
+                return fault
         return self._tally.recent_error
 
 

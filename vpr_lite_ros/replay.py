@@ -24,7 +24,7 @@ from vpr_lite_ros.bags import Source, SourceError, open_source, read_pairs, read
 from vpr_lite_ros.bags.rosbag import is_bag
 from vpr_lite_ros.camera_file import read_camera
 from vpr_lite_ros.config import Config
-from vpr_lite_ros.database import KeyframeDatabase
+from vpr_lite_ros.database import DatabaseError, open_database
 from vpr_lite_ros.detector import Decision, LoopDetector
 from vpr_lite_ros.evaluation import GroundTruth, PairTruth, RadiusTruth
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, open_model
@@ -68,6 +68,8 @@ class Run:
     """Frames that were read."""
     keyframes: dict[int, int] = field(default_factory=dict)
     """Frame number by id of the keyframe, in the order of storing."""
+    queries: list[int] = field(default_factory=list)
+    """Frame numbers of keyframes, stored or, in mode localization, not."""
     closures: list[tuple[int, int]] = field(default_factory=list)
     """Frame numbers (query, match) of accepted closures; match -1: of another session."""
     held_back: list[tuple[int, int]] = field(default_factory=list)
@@ -133,14 +135,7 @@ def replay_recording(
         odometry = read_odometry(recording, odom_topic)
         bundle = Path(config.bundle) if config.bundle else DEFAULT_BUNDLE
         model = open_model(bundle, config.backend, config.threads)
-        database = KeyframeDatabase(
-            config.database_path,
-            model_id=model.bundle.model_id,
-            dimension=model.bundle.dimension,
-            max_patches=model.bundle.max_patches,
-            session=config.session_id,
-            robot_id=config.robot_id,
-        )
+        database = open_database(config, model.bundle, config.session_id)
         stack.callback(database.close)
         detector = LoopDetector(config, model, database)
 
@@ -160,7 +155,7 @@ def replay_recording(
             "stopped": run.stopped or None,
             "frames": run.frames,
             "skipped": source.skipped,
-            "keyframes": len(run.keyframes),
+            "keyframes": len(run.queries),
             "closures": len(run.closures),
             "candidates": dict(sorted(run.statuses.items())),
             "evaluation": evaluation,
@@ -199,6 +194,8 @@ def replay(
             for number, frame in _numbered(source, frames):
                 pose = odometry.at(frame.stamp_ns) if odometry else None
                 decision = detector.process(frame.image, frame.stamp_ns, pose, camera)
+                if decision.fault:
+                    raise DatabaseError(decision.fault)
                 _note(run, number, frame.stamp_ns, frame.name, decision)
                 files.write(decision, _records(run, number, decision))
         except KeyboardInterrupt:
@@ -223,9 +220,11 @@ def _note(run: Run, number: int, stamp_ns: int, name: str, decision: Decision) -
     run.stamps_ns.append(stamp_ns)
     run.names.append(name)
     run.frames += 1
-    if decision.keyframe_id is None:
+    if not decision.is_keyframe:
         return
-    run.keyframes[decision.keyframe_id] = number
+    run.queries.append(number)
+    if decision.keyframe_id is not None:
+        run.keyframes[decision.keyframe_id] = number
     run.latencies_ms.append(decision.latency_ms)
     run.statuses.update(candidate.status.name for candidate in decision.candidates)
     if not decision.candidates:
@@ -237,7 +236,7 @@ def _note(run: Run, number: int, stamp_ns: int, name: str, decision: Decision) -
 
 def _records(run: Run, number: int, decision: Decision) -> list[Record]:
     """One record for each candidate, in order of rank; one of NO_CANDIDATE if there is none."""
-    if decision.keyframe_id is None:
+    if not decision.is_keyframe:
         return []
     query: Record = dict.fromkeys((*CLOSURE_FIELDS, "status"))
     query |= {
@@ -312,9 +311,8 @@ def _create(path: Path) -> TextIO:
 
 
 def _judge(run: Run, truth: GroundTruth, config: Config) -> Record:
-    queries = list(run.keyframes.values())
     gap_s = config.min_time_gap_s
-    return judge(truth, run.closures, queries, run.stamps_ns, gap_s, run.held_back)
+    return judge(truth, run.closures, run.queries, run.stamps_ns, gap_s, run.held_back)
 
 
 def source_camera(source: Source) -> Camera | None:

@@ -98,11 +98,3 @@ def resident_mb() -> float:
     except (OSError, ValueError, IndexError):
         return float("nan")
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def disk_mb(database_path: str) -> float:
-    """What a SQLite file and its log take on the disk, in MB; 0 for a temporary one."""
-    if not database_path:
-        return 0.0
-    files = (Path(database_path + suffix) for suffix in ("", "-wal", "-shm"))
-    return sum(file.stat().st_size for file in files if file.exists()) / 2**20
