@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from keyframes import Open
     from robot import Robot
-    from torch import Tensor
 
     from vpr_lite_ros.database import KeyframeDatabase
     from vpr_lite_ros.detector import LoopDetector
     from vpr_lite_ros.inference import PlaceModel
     from vpr_lite_ros.models.matcher import PairMatcher
-    from vpr_lite_ros.models.netvlad import Whitening
     from vpr_lite_ros.models.place import PlaceNetwork
 
 Image = NDArray[np.uint8]
@@ -140,22 +138,14 @@ def tiny_networks() -> tuple[PlaceNetwork, PairMatcher]:
             cells = F.normalize(place.local_features(torch.from_numpy(pictures)), dim=2)
             place.vlad.set_clusters(cells[:8, 17], sharpness=8.0)
             groups = cells[:, place.cells].flatten(0, 1)
-            _whiten(place.vlad.pca, place.vlad.aggregate(groups, place.vlad.soft_assign(groups)))
-            _whiten(place.coarse, place.vlad(place.coarse_cells(torch.from_numpy(pictures))))
+            vlad = place.vlad.aggregate(groups, place.vlad.soft_assign(groups))
+            mean = vlad.mean(dim=0)
+            _, deviations, components = torch.linalg.svd(vlad - mean, full_matrices=False)
+            # Half-whitened: ten pictures say little about the weaker directions but noise.
+            variances = (deviations**2 / len(vlad))[:TINY_DIMENSION]
+            variances = variances.clamp_min(float(variances[8]))
+            place.vlad.set_pca(mean, components[:TINY_DIMENSION], variances)
     return place, match
-
-
-def _whiten(whitening: Whitening, vlad: Tensor) -> None:
-    """Half-whitened: ten pictures say little about the weaker directions but noise."""
-    import torch
-
-    mean = vlad.mean(dim=0)
-    _, deviations, components = torch.linalg.svd(vlad - mean, full_matrices=True)
-    variances = torch.zeros(len(components))
-    variances[: len(deviations)] = deviations**2 / len(vlad)
-    dimension = whitening.out_features
-    variances = variances[:dimension].clamp_min(float(variances[8]))
-    whitening.set_pca(mean, components[:dimension], variances)
 
 
 @pytest.fixture(scope="session")

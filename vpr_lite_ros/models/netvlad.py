@@ -20,21 +20,6 @@ def unit_cells(features: Tensor) -> Tensor:
     return F.normalize(features.flatten(2).transpose(1, 2), dim=2)
 
 
-class Whitening(nn.Linear):
-    """PCA with whitening of VLADs; computed in the precision of its weights."""
-
-    @torch.no_grad()
-    def set_pca(self, mean: Tensor, components: Tensor, variances: Tensor) -> None:
-        """From ``mean`` (C), ``components`` (D, C) and their ``variances`` (D)."""
-        weight = components / variances.sqrt()[:, None]
-        self.weight.copy_(weight)
-        self.bias.copy_(-weight @ mean)
-
-    def project(self, vlad: Tensor) -> Tensor:
-        """VLAD (…, C) to unit vectors (…, D), float32."""
-        return F.normalize(self(vlad.to(self.weight.dtype)).float(), dim=-1)
-
-
 class NetVLAD(nn.Module):
     """Soft-assigned residuals to K clusters, then PCA with whitening to D (equation 1).
 
@@ -49,7 +34,7 @@ class NetVLAD(nn.Module):
         self.clusters, self.dimension = clusters, dimension
         self.assign = nn.Linear(width, clusters)
         self.centroids = nn.Parameter(F.normalize(torch.randn(clusters, width), dim=1))
-        self.pca = Whitening(clusters * width, dimension)
+        self.pca = nn.Linear(clusters * width, dimension)
 
     @torch.no_grad()
     def set_clusters(self, centroids: Tensor, sharpness: float) -> None:
@@ -57,6 +42,13 @@ class NetVLAD(nn.Module):
         self.centroids.copy_(centroids)
         self.assign.weight.copy_(2 * sharpness * centroids)
         self.assign.bias.copy_(-sharpness * centroids.square().sum(dim=1))
+
+    @torch.no_grad()
+    def set_pca(self, mean: Tensor, components: Tensor, variances: Tensor) -> None:
+        """Whitening projection: ``mean`` (K·C), ``components`` (D, K·C), ``variances`` (D)."""
+        weight = components / variances.sqrt()[:, None]
+        self.pca.weight.copy_(weight)
+        self.pca.bias.copy_(-weight @ mean)
 
     def forward(self, cells: Tensor) -> Tensor:
         """VLAD of whole images, before PCA: unit vectors (B, S, C) to unit vectors (B, K·C)."""
@@ -72,6 +64,11 @@ class NetVLAD(nn.Module):
         residuals = residuals - shares.sum(dim=1)[:, :, None] * self.centroids
         # Intra-normalisation per cluster, so that a repeated texture does not outshout the rest.
         return F.normalize(F.normalize(residuals, dim=2, eps=1e-6).flatten(1), dim=1)
+
+    def project(self, vlad: Tensor) -> Tensor:
+        """VLAD (…, K·C) to unit vectors (…, D)."""
+        projected: Tensor = self.pca(vlad.to(self.pca.weight.dtype))
+        return F.normalize(projected.float(), dim=-1)
 
 
 def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -58,49 +57,32 @@ def fit_place_network(
     trained = clusters if isinstance(clusters, NetVLAD) else None
     count = clusters.clusters if isinstance(clusters, NetVLAD) else clusters
     place = PlaceNetwork(image_size, count, dimension, max_patches)
-    # Folded, it says the same in a third of the time.
-    place.backbone = backbone.eval().folded()
+    place.backbone = backbone
     place.eval()
+    rng = np.random.default_rng(seed)
+    maps: list[Tensor] = []
+    for path in tqdm(images, desc="describe"):
+        image = fit(read_rgb(path), image_size)
+        moved = move(image, rng)
+        seen = (image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved)
+        maps += [local_features(place, picture) for picture in seen]
     if trained:
         place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
     else:
-        chosen, order = [], np.random.default_rng(seed)
-        for image in _seen(images, image_size, seed, "find clusters"):
-            cells = _cells(place, image)[0]
-            chosen.append(cells[order.permutation(len(cells))[:FEATURES_PER_IMAGE]])
+        chosen = [cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps]
         fit_clusters(place.vlad, torch.cat(chosen), seed)
-    fine: list[Tensor] = []
-    coarse: list[Tensor] = []
-    for image in _seen(images, image_size, seed, "describe"):
-        with torch.no_grad():
-            for vlads, cells in zip((fine, coarse), _cells(place, image), strict=True):
-                vlads.append(place.vlad(cells[None]))
-    for whitening, vlads in ((place.vlad.pca, fine), (place.coarse, coarse)):
-        all_vlads = torch.cat(vlads)
-        kept = principal_components(all_vlads, whitening.out_features)
-        share = float(kept[2].sum() / all_vlads.var(0).sum())
-        log.info("PCA to %d keeps %.1f%% of the variance", whitening.out_features, 100 * share)
-        whitening.set_pca(*kept)
-    place.backbone = backbone
+    with torch.no_grad():
+        vlads = torch.cat([place.vlad(cells[None]) for cells in maps])
+    mean, components, variances = principal_components(vlads, dimension)
+    log.info("PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vlads.var(0).sum()))
+    place.vlad.set_pca(mean, components, variances)
     return place
 
 
-def _seen(images: list[Path], size: tuple[int, int], seed: int, what: str) -> Iterator[Image]:
-    """Every image as it is, distorted, and from another standpoint: the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    for path in tqdm(images, desc=what):
-        image = fit(read_rgb(path), size)
-        moved = move(image, rng)
-        yield image
-        yield distort(image, rng)
-        yield distort(moved, rng) if rng.random() < 0.5 else moved
-
-
 @torch.no_grad()
-def _cells(place: PlaceNetwork, image: Image) -> tuple[Tensor, Tensor]:
-    """Unit vectors (cells, 192) of an image of the network's size, and of it made smaller."""
-    pixels = torch.from_numpy(image)[None]
-    return F.normalize(place.local_features(pixels)[0], dim=1), place.coarse_cells(pixels)[0]
+def local_features(place: PlaceNetwork, image: Image) -> Tensor:
+    """(cells, 192) unit vectors of an image of the network's size."""
+    return F.normalize(place.local_features(torch.from_numpy(image)[None])[0], dim=1)
 
 
 def fit_clusters(vlad: NetVLAD, cells: Tensor, seed: int) -> None:
