@@ -17,10 +17,14 @@ PACKAGE = ROOT / "vpr_lite_ros"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
-ROS = ("node.py", "messages.py", "demo.py")  # the demo plays a drive into the node over DDS
+NODES = ("node.py", "backend/node.py", "demo.py")  # the demo plays a drive into the node over DDS
+ROS = (*NODES, "messages.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "rclpy": ("node.py", "demo.py"),
+    "rclpy": NODES,
     "tf2_ros": ("node.py",),
+    "tf2_msgs": ("backend/node.py",),
+    "gtsam": ("backend/",),
+    "evo": ("backend/accuracy.py",),
     "sensor_msgs": (*ROS, "image.py"),
     "cv_bridge": ("image.py",),
     **dict.fromkeys(
@@ -45,6 +49,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "torchvision": ("models/", "training/", "export.py"),
     "vpr_lite_ros.node": (),
     "vpr_lite_ros.demo": (),
+    "vpr_lite_ros.backend": ("backend/",),
+    "vpr_lite_ros.backend.node": (),
     "vpr_lite_ros.models": ("models/", "training/", "export.py"),
     "vpr_lite_ros.training": ("training/",),
     "vpr_lite_ros.export": ("training/",),
@@ -52,6 +58,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # `vpr-lite` reaches these only once a subcommand asks for them.
 ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": ("cli.py",),
+    "vpr_lite_ros.backend": ("cli.py", "demo.py"),
     "vpr_lite_ros.models": ("cli.py", "bench.py"),
     "torch": ("bench.py",),
     "vpr_lite_ros.training": ("cli.py",),
@@ -98,7 +105,8 @@ def test_the_core_runs_without_ros_and_torch() -> None:
     program = (
         "import sys\n"
         "import vpr_lite_ros.cli, vpr_lite_ros.detector, vpr_lite_ros.inference\n"
-        "print(*sorted({'rclpy', 'torch', 'tensorrt', 'pycuda'} & set(sys.modules)))\n"
+        "optional = {'rclpy', 'torch', 'tensorrt', 'pycuda', 'gtsam', 'evo'}\n"
+        "print(*sorted(optional & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
@@ -203,7 +211,11 @@ def test_everything_is_installed() -> None:
     for source in (PACKAGE / "bundles").rglob("*"):
         if source.is_file():
             assert (python / source.relative_to(PACKAGE)).stat().st_size == source.stat().st_size
-    for executable in ("lib/vpr_lite_ros/loop_closure_node", "bin/vpr-lite"):
+    for executable in (
+        "lib/vpr_lite_ros/loop_closure_node",
+        "lib/vpr_lite_ros/pose_graph_node",
+        "bin/vpr-lite",
+    ):
         assert os.access(prefix / executable, os.X_OK), f"{executable} cannot be executed"
     # The C++ headers are what a SLAM back end compiles against.
     assert list((prefix / "include").rglob("loop_closure.hpp"))
