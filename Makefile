@@ -48,8 +48,8 @@ eval-data:
 # the training and inference libraries that the other tests load into theirs.
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
-	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py)
-	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py)
+	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py --ignore test/test_backend_node.py)
+	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py test/test_backend_node.py)
 
 lint: env-test
 	@echo '==> ruff and mypy'

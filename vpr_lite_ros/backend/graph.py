@@ -25,6 +25,9 @@ MAX_ITERATIONS = 10
 """Of iSAM2 after a closure; what a great correction leaves to do, the next closure does."""
 SETTLED_M = 0.01
 """An iteration that moves no pose further than this was the last."""
+RECALIBRATED_M, RECALIBRATED_RAD = 0.5, 0.01
+"""Only a correction this large says something new of the odometry's bias; the bias is taken over
+if it turns the whole way by more than this."""
 REJECTED_WEIGHT = 0.02
 """A closure with less of its weight left is 7 standard deviations off: taken for false."""
 FLAT = 1e-9
@@ -35,8 +38,11 @@ FLAT = 1e-9
 class Noise:
     """How far measurements are trusted. Standard deviations."""
 
-    odometry_rotation: float = 0.005
-    """Radians per square root of a metre driven: 0.16 rad after a kilometre."""
+    odometry_rotation: float = 0.002
+    """Radians per square root of a metre driven: 0.06 rad after a kilometre."""
+    odometry_bias: float = 3e-4
+    """Radians per metre that the odometry turns too far, always the same: a degree in 60 m. Wheels
+    and gyroscopes err so; what the closures say of it corrects what no loop encloses, too."""
     odometry_translation: float = 0.1
     """Metres per square root of a metre driven: 3 m after a kilometre."""
     odometry_turning: float = 0.02
@@ -111,10 +117,7 @@ class PoseGraph:
         self.counts: Counter[str] = Counter()
         self._spacing_m, self._spacing_rad = spacing_m, spacing_rad
         self._max_gap_ns = round(max_gap_s * 1e9)
-        parameters = gtsam.ISAM2Params()
-        parameters.setRelinearizeThreshold(0.01)
-        parameters.relinearizeSkip = 1
-        self._isam = gtsam.ISAM2(parameters)
+        self._isam = _make_isam()
         self._new_factors, self._new_values = gtsam.NonlinearFactorGraph(), gtsam.Values()
         # By row: stamps, odometry's poses, estimates, and whether odometry has a hole before it.
         self._stamps: list[int] = []
@@ -126,6 +129,7 @@ class PoseGraph:
         self._constraints: list[_Constraint] = []
         self._known: set[tuple[int, int]] = set()
         self._waiting: list[Closure] = []
+        self._bias = np.zeros(3)
         self._newest_query_ns = -1
 
     # -- what comes in -------------------------------------------------------------------------
@@ -233,32 +237,41 @@ class PoseGraph:
         row = len(self._stamps)
         if row and stamp == self._stamps[-1]:
             return
-        if row:
-            way = self._odometry[-1].between(pose)
-            self._new_factors.add(
-                gtsam.BetweenFactorPose3(row - 1, row, way, self._odometry_noise(way))
-            )
-            estimate = self._estimates[-1].compose(way)
-        else:
-            fixed = gtsam.noiseModel.Isotropic.Sigma(6, 1e-4)
-            self._new_factors.add(gtsam.PriorFactorPose3(row, pose, fixed))
-            estimate = pose
-        self._new_values.insert(row, estimate)
         self._stamps.append(stamp)
         self._odometry.append(pose)
-        self._estimates.append(estimate)
+        self._estimates.append(self._estimates[-1].compose(self._way(row)) if row else pose)
         self._hole_before.append(self._hole_after_last)
         self._hole_after_last = False
+        self._enter(row)
 
-    def _odometry_noise(self, way: gtsam.Pose3) -> gtsam.noiseModel.Base:
+    def _enter(self, row: int) -> None:
+        """Hand a row to the optimizer with its next update."""
+        if row:
+            way = self._way(row)
+            noise = self._odometry_noise(row)
+            self._new_factors.add(gtsam.BetweenFactorPose3(row - 1, row, way, noise))
+        else:
+            fixed = gtsam.noiseModel.Isotropic.Sigma(6, 1e-4)
+            self._new_factors.add(gtsam.PriorFactorPose3(row, self._odometry[row], fixed))
+        self._new_values.insert(row, self._estimates[row])
+
+    def _way(self, row: int) -> gtsam.Pose3:
+        """From the row before to this one by odometry, less what it is known to err always."""
+        way = self._odometry[row - 1].between(self._odometry[row])
+        moved = float(np.linalg.norm(way.translation()))
+        bias = self._bias * (0, 0, 1) if _is_flat(way) else self._bias
+        turn = way.rotation().compose(gtsam.Rot3.Expmap(bias * moved))
+        return gtsam.Pose3(turn, way.translation())
+
+    def _odometry_noise(self, row: int) -> gtsam.noiseModel.Base:
+        way = self._odometry[row - 1].between(self._odometry[row])
         # Variances grow with the way, so that the spacing of poses does not matter.
         moved = math.sqrt(max(float(np.linalg.norm(way.translation())), 0.01))
         turn = self.noise.odometry_rotation * moved + self.noise.odometry_turning * _angle(way)
         step = self.noise.odometry_translation * moved
-        roll, pitch, _ = gtsam.Rot3.Logmap(way.rotation())
-        if max(abs(roll), abs(pitch), abs(way.z())) < FLAT:
+        if _is_flat(way):
             # Two-dimensional odometry: the map stays in the plane.
-            return gtsam.noiseModel.Diagonal.Sigmas(np.array([1e-3, 1e-3, turn, step, step, 1e-3]))
+            return gtsam.noiseModel.Diagonal.Sigmas(np.array([1e-4, 1e-4, turn, step, step, 1e-4]))
         return gtsam.noiseModel.Diagonal.Sigmas(np.array([turn] * 3 + [step] * 3))
 
     def _refusal(self, closure: Closure) -> str:
@@ -348,8 +361,38 @@ class PoseGraph:
                 float(np.linalg.norm(one.translation() - other.translation()))
                 for one, other in zip(self._estimates, before, strict=True)
             )
-            if moved < SETTLED_M:
+            if moved > RECALIBRATED_M:
+                self._calibrate()
+            elif moved < SETTLED_M:
                 break
+
+    def _calibrate(self) -> None:
+        """Learn from the corrections what the odometry errs always; begin anew if that is much."""
+        rows = [row for one in self._constraints for row in one.rows]
+        turned, way = np.zeros(3), 0.0
+        for row in range(min(rows) + 1, max(rows) + 1):
+            said = self._odometry[row - 1].between(self._odometry[row])
+            found = self._estimates[row - 1].between(self._estimates[row])
+            turned += gtsam.Rot3.Logmap(said.rotation().between(found.rotation()))
+            way += float(np.linalg.norm(said.translation()))
+        # The most probable one, of a bias and a random walk that together turned so far.
+        bias = turned / (way + (self.noise.odometry_rotation / self.noise.odometry_bias) ** 2)
+        if np.linalg.norm(bias - self._bias) * way < RECALIBRATED_RAD:
+            return
+        self._bias = bias
+        self._isam = _make_isam()
+        self._new_factors, self._new_values = gtsam.NonlinearFactorGraph(), gtsam.Values()
+        for row in range(len(self._stamps)):
+            self._enter(row)
+        for one in self._constraints:
+            self._new_factors.add(one.factor)
+
+
+def _make_isam() -> gtsam.ISAM2:
+    parameters = gtsam.ISAM2Params()
+    parameters.setRelinearizeThreshold(0.01)
+    parameters.relinearizeSkip = 1
+    return gtsam.ISAM2(parameters)
 
 
 def to_pose3(pose: Pose) -> gtsam.Pose3:
@@ -409,6 +452,11 @@ def _same_place(query: int, match: int, noise: gtsam.noiseModel.Base) -> gtsam.C
         return offset
 
     return gtsam.CustomFactor(noise, [query, match], error)
+
+
+def _is_flat(way: gtsam.Pose3) -> bool:
+    roll, pitch, _ = gtsam.Rot3.Logmap(way.rotation())
+    return max(abs(roll), abs(pitch), abs(way.z())) < FLAT
 
 
 def _angle(way: gtsam.Pose3) -> float:

@@ -37,6 +37,7 @@ NEW_DRIVE_NS = 1_000_000_000
 """Odometry that jumps back by more than this begins a new drive: a bag was played again."""
 NOISE_HELP = {
     "odometry_rotation": "Drift of the odometry's rotation, radians per square root of a metre.",
+    "odometry_bias": "Turn of the odometry that is always the same, radians per metre.",
     "odometry_translation": "Drift of the odometry's position, metres per square root of a metre.",
     "odometry_turning": "Error of a turn on the spot, as a share of its angle.",
     "place_m": "Metres between two images of one place, where a closure does not say.",

@@ -214,6 +214,7 @@ def measure_path(
     """
     odometry, truth = read_trajectory(bag), read_poses(bag)
     assert odometry.stamps_ns is not None and odometry.quaternions is not None
+    assert path.stamps_ns is not None
     if np.array_equal(odometry.xyz, truth.xyz):
         raise SourceError(f"{bag} has no true poses beside its odometry")
     rows = np.flatnonzero(np.isin(odometry.stamps_ns, path.stamps_ns))
