@@ -16,7 +16,7 @@ ARGS ?=
 
 ENV := source scripts/env.sh
 
-.PHONY: help demo eval eval-data bench test lint build env env-test clean distclean
+.PHONY: help demo eval eval-data bench test lint build env env-demo env-test clean distclean
 
 help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
@@ -30,7 +30,7 @@ help:  ## what can be made
 	@echo 'PYTHON=/path/to/python3 chooses the interpreter (3.10 to 3.12).'
 	@echo 'After make build: source scripts/env.sh'
 
-demo: build  ## the node on a drive, end to end
+demo: env-demo build  ## the node on a drive, end to end
 	@$(ENV) && vpr-lite demo --output build/demo $(if $(BAG),--bag '$(BAG)') $(ARGS)
 
 eval: eval-data build  ## recall and precision of the model, set by set
@@ -61,6 +61,9 @@ build: env
 
 env:
 	@scripts/make_env.sh runtime
+
+env-demo:
+	@scripts/make_env.sh demo
 
 env-test:
 	@scripts/make_env.sh test

@@ -34,6 +34,14 @@ def closures(truth: Poses, pose_type: PoseType, every: int = 8) -> list[Closure]
     return found
 
 
+def at(poses: Poses, path: Poses) -> Poses:
+    """The poses of the stamps that ``path`` has."""
+    assert poses.stamps_ns is not None and poses.quaternions is not None
+    assert path.stamps_ns is not None
+    rows = np.flatnonzero(np.isin(poses.stamps_ns, path.stamps_ns))
+    return Poses(poses.xyz[rows], poses.stamps_ns[rows], None, poses.quaternions[rows])
+
+
 def closure(truth: Poses, query: int, match: int, pose_type: PoseType) -> Closure:
     """The closure between two rows of ``truth``, with what ``pose_type`` lets it know."""
     assert truth.stamps_ns is not None
