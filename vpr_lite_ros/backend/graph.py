@@ -102,7 +102,8 @@ class PoseGraph:
         What became of closures: ``used``; ``out of order`` (of those used, the ones that came after
         one of a later image); and of those not used: ``duplicate``, ``other session``,
         ``no odometry at the query``, ``no odometry at the match``, ``same moment``,
-        ``not a pose``, ``waited in vain``. Of odometry: ``odometry out of order``.
+        ``not a pose``, ``waited in vain``. Of odometry: ``odometry out of order``. Of the
+        optimizer: ``not solved``.
     """
 
     def __init__(
@@ -213,7 +214,9 @@ class PoseGraph:
         """
         if not self._constraints:
             return
-        values = self._isam.calculateEstimate()
+        values = gtsam.Values()
+        for row in {row for one in self._constraints for row in one.rows}:
+            values.insert(row, self._estimates[row])
         for one in self._constraints:
             query, match = one.rows
             # Cauchy's loss is k² / 2 · ln(1 + e² / k²), its weight 1 / (1 + e² / k²).
@@ -351,20 +354,26 @@ class PoseGraph:
         """Solve for all poses, until they rest."""
         if not self._constraints:
             return
+        before = np.array([pose.translation() for pose in self._estimates])
         for _ in range(iterations):
-            self._isam.update(self._new_factors, self._new_values)
+            try:
+                self._isam.update(self._new_factors, self._new_values)
+            except RuntimeError:  # no solution: what is known stays, the next closure tries again
+                self.counts["not solved"] += 1
+                self._begin_anew()
+                return
             self._new_factors, self._new_values = gtsam.NonlinearFactorGraph(), gtsam.Values()
             values = self._isam.calculateEstimate()
-            before = self._estimates
-            self._estimates = [values.atPose3(row) for row in range(len(before))]
-            moved = max(
-                float(np.linalg.norm(one.translation() - other.translation()))
-                for one, other in zip(self._estimates, before, strict=True)
-            )
+            # Rows of rotation and position, in the order of the keys, which are the rows' numbers.
+            xyz = gtsam.utilities.extractPose3(values)[:, 9:]
+            moved = float(np.linalg.norm(xyz - before, axis=1).max())
+            before = xyz
             if moved > RECALIBRATED_M:
+                self._estimates = _poses_of(values)
                 self._calibrate()
             elif moved < SETTLED_M:
                 break
+        self._estimates = _poses_of(values)
 
     def _calibrate(self) -> None:
         """Learn from the corrections what the odometry errs always; begin anew if that is much."""
@@ -380,6 +389,10 @@ class PoseGraph:
         if np.linalg.norm(bias - self._bias) * way < RECALIBRATED_RAD:
             return
         self._bias = bias
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Hand everything to a new optimizer, from the newest estimates on."""
         self._isam = _make_isam()
         self._new_factors, self._new_values = gtsam.NonlinearFactorGraph(), gtsam.Values()
         for row in range(len(self._stamps)):
@@ -388,10 +401,16 @@ class PoseGraph:
             self._new_factors.add(one.factor)
 
 
+def _poses_of(values: gtsam.Values) -> list[gtsam.Pose3]:
+    return [values.atPose3(row) for row in range(values.size())]
+
+
 def _make_isam() -> gtsam.ISAM2:
     parameters = gtsam.ISAM2Params()
     parameters.setRelinearizeThreshold(0.01)
     parameters.relinearizeSkip = 1
+    # Cholesky, faster, gives up where tight odometry meets wide closures on a long drive.
+    parameters.setFactorization("QR")
     return gtsam.ISAM2(parameters)
 
 
