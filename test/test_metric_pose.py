@@ -16,7 +16,7 @@ CAMERA_IN_BODY = np.eye(4)
 CAMERA_IN_BODY[:3, :3] = OPTICAL_IN_BODY
 CAMERA_IN_BODY[:3, 3] = (1.2, -0.3, 0.9)
 TOLERANCE = 0.02
-Scene = tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]
+Scene = tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]
 
 
 def pose(x: float, y: float, z: float, *turn: float) -> NDArray[np.float64]:
