@@ -16,7 +16,7 @@ ARGS ?=
 
 ENV := source scripts/env.sh
 
-.PHONY: help demo eval eval-data bench soak test lint build env env-test clean distclean
+.PHONY: help demo eval eval-data bench soak test lint build env env-demo env-test clean distclean
 
 help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
@@ -31,7 +31,7 @@ help:  ## what can be made
 	@echo 'PYTHON=/path/to/python3 chooses the interpreter (3.10 to 3.12).'
 	@echo 'After make build: source scripts/env.sh'
 
-demo: build  ## the node on a drive, end to end
+demo: env-demo build  ## the node on a drive, end to end
 	@$(ENV) && vpr-lite demo --output build/demo $(if $(BAG),--bag '$(BAG)') $(ARGS)
 
 eval: eval-data build  ## recall and precision of the model, set by set
@@ -50,7 +50,8 @@ eval-data:
 
 # Tests that keep ROS's middleware alive in the test process get a process without the training
 # and inference libraries that the other tests load into theirs.
-ROS_TESTS := test/test_node.py test/test_lifecycle.py test/test_live.py
+ROS_TESTS := test/test_node.py test/test_lifecycle.py test/test_live.py \
+	test/test_backend_node.py
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
 	@$(ENV) && pytest $(or $(ARGS),$(ROS_TESTS:%=--ignore %))
@@ -66,6 +67,9 @@ build: env
 
 env:
 	@scripts/make_env.sh runtime
+
+env-demo:
+	@scripts/make_env.sh demo
 
 env-test:
 	@scripts/make_env.sh test

@@ -30,6 +30,7 @@ setup(
     ],
     install_requires=requirements("runtime"),
     extras_require={
+        "backend": requirements("backend"),
         "openvino": requirements("openvino"),
         "train": requirements("train"),
     },

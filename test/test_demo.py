@@ -82,6 +82,12 @@ def test_demo_plays_a_bag_and_reports(bag: Path, tiny_bundle: Path, tmp_path: Pa
     assert 0 < report["latency_ms_p50"] <= report["latency_ms_p95"]
     assert report["precision"] == report["true_closures"] / report["closures"]
     assert (tmp_path / "trajectory.png").stat().st_size > 10_000
+    # The back end heard it all: a whole path came, and was measured against the truth.
+    assert report["no_ate"] is None
+    assert 0 < report["ate_odometry_m"] < 5 and report["ate_corrected_m"] > 0
+    assert report["map"]["after"]["poses"] > 50
+    assert f"odometry is {report['ate_odometry_m']:.2f} m off" in out
+    assert (tmp_path / "map.png").stat().st_size > 10_000
     assert report["pictures"]
     for name in report["pictures"]:
         assert (tmp_path / name).stat().st_size > 1000

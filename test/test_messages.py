@@ -19,6 +19,7 @@ from vpr_lite_ros import messages
 from vpr_lite_ros.database import Keyframe, Pose
 from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.matching import EpipolarFit, Matches, Status
+from vpr_lite_ros.relative_pose import PoseType, quaternion
 
 
 def rotation_about(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
@@ -38,11 +39,16 @@ def test_status_numbers_are_the_messages() -> None:
     assert constants == {status.name: status.value for status in Status}
 
 
+def test_pose_type_numbers_are_the_messages() -> None:
+    for kind in PoseType:
+        assert getattr(LoopClosure, f"POSE_{kind.name}") == kind.value
+
+
 @pytest.mark.parametrize("angle", [0.0, 0.3, 2.0, 3.14159, -1.0])
 @pytest.mark.parametrize("axis", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, -2, 0.5)])
 def test_quaternion_and_matrix_are_inverse(axis: tuple[float, ...], angle: float) -> None:
     rotation = rotation_about(np.array(axis, float), angle)
-    x, y, z, w = messages.quaternion(rotation)
+    x, y, z, w = quaternion(rotation)
     assert w >= 0
     assert math.isclose(x * x + y * y + z * z + w * w, 1, rel_tol=1e-9)
     again = messages.rotation_matrix(Quaternion(x=x, y=y, z=z, w=w))

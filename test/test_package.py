@@ -18,12 +18,16 @@ MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob(
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
 NODE = ("node.py", "node_inputs.py", "node_parameters.py")
-# The demo plays a drive into the node over DDS; live.py and view_node.py listen.
-ROS = (*NODE, "messages.py", "demo.py", "live.py", "view_node.py")
+# The demo plays a drive into the nodes over DDS; live.py and view_node.py listen.
+RCLPY = (*NODE, "backend/node.py", "demo.py", "live.py", "view_node.py")
+ROS = (*RCLPY, "messages.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "rclpy": (*NODE, "demo.py", "live.py", "view_node.py"),
+    "rclpy": RCLPY,
     "rcl_interfaces": NODE,
     "tf2_ros": ("node.py",),
+    "tf2_msgs": ("backend/node.py",),
+    "gtsam": ("backend/",),
+    "evo": ("backend/accuracy.py",),
     "sensor_msgs": (*ROS, "image.py"),
     "cv_bridge": ("image.py",),
     **dict.fromkeys(
@@ -50,6 +54,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": (),
     "vpr_lite_ros.live": ("view_node.py",),
     "vpr_lite_ros.view_node": (),
+    "vpr_lite_ros.backend": ("backend/",),
+    "vpr_lite_ros.backend.node": (),
     "vpr_lite_ros.models": ("models/", "training/", "export.py"),
     "vpr_lite_ros.training": ("training/",),
     "vpr_lite_ros.export": ("training/",),
@@ -59,6 +65,7 @@ ALLOWED_WITHIN_FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vpr_lite_ros.demo": ("cli.py",),
     "vpr_lite_ros.live": ("cli.py",),
     "vpr_lite_ros.view_node": ("cli.py",),
+    "vpr_lite_ros.backend": ("cli.py", "demo.py"),
     "vpr_lite_ros.models": ("cli.py", "bench.py"),
     "torch": ("bench.py",),
     "vpr_lite_ros.training": ("cli.py",),
@@ -105,7 +112,8 @@ def test_the_core_runs_without_ros_and_torch() -> None:
     program = (
         "import sys\n"
         "import vpr_lite_ros.cli, vpr_lite_ros.detector, vpr_lite_ros.inference\n"
-        "print(*sorted({'rclpy', 'torch', 'tensorrt', 'pycuda'} & set(sys.modules)))\n"
+        "optional = {'rclpy', 'torch', 'tensorrt', 'pycuda', 'gtsam', 'evo'}\n"
+        "print(*sorted(optional & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
@@ -210,7 +218,11 @@ def test_everything_is_installed() -> None:
     for source in (PACKAGE / "bundles").rglob("*"):
         if source.is_file():
             assert (python / source.relative_to(PACKAGE)).stat().st_size == source.stat().st_size
-    for executable in ("lib/vpr_lite_ros/loop_closure_node", "bin/vpr-lite"):
+    for executable in (
+        "lib/vpr_lite_ros/loop_closure_node",
+        "lib/vpr_lite_ros/pose_graph_node",
+        "bin/vpr-lite",
+    ):
         assert os.access(prefix / executable, os.X_OK), f"{executable} cannot be executed"
     # The C++ headers are what a SLAM back end compiles against.
     assert list((prefix / "include").rglob("loop_closure.hpp"))

@@ -253,6 +253,28 @@ def test_a_bag_brings_its_camera_and_its_odometry(tiny_bundle: Path, tmp_path: P
         replay_recording(bag, tmp_path / "wrong", config, odom_topic="/wheels")
 
 
+def test_closures_say_where_the_match_lies(laps: Path, config: Config, tmp_path: Path) -> None:
+    """What a back end needs: as in the message, in the body's frame."""
+    replay_recording(laps, tmp_path / "blind", config)
+    blind = read_lines(tmp_path / "blind" / "closures.jsonl")
+    assert {line["pose_type"] for line in blind} == {"NONE"}
+    assert all(line["x"] is None and line["qw"] is None for line in blind)
+
+    camera = tmp_path / "camera.json"
+    camera.write_text('{"fx": 120, "fy": 120, "cx": 80, "cy": 60, "width": 160, "height": 120}')
+    replay_recording(laps, tmp_path / "seeing", config, camera_file=camera)
+    seeing = read_lines(tmp_path / "seeing" / "closures.jsonl")
+    # The second lap shows the first one's pictures again: nothing has moved, nothing has turned.
+    still = [line for line in seeing if line["pose_type"] == "ROTATION"]
+    assert still
+    for line in still:
+        assert (line["x"], line["y"], line["z"]) == (0, 0, 0)
+        assert line["qw"] == pytest.approx(1, abs=1e-3)
+    for line in seeing:
+        turn = [line[name] for name in ("qx", "qy", "qz", "qw")]
+        assert np.linalg.norm(turn) == pytest.approx(1, abs=1e-5)
+
+
 def test_odometry_takes_the_nearest_pose_that_is_near(tmp_path: Path) -> None:
     drive = simulate_drive(image_size=(64, 48))
     few = slice(0, 20)

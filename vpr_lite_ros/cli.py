@@ -98,6 +98,30 @@ def demo(args: argparse.Namespace) -> int:
     return _exit_code(report)
 
 
+def pose_graph(args: argparse.Namespace) -> int:
+    """Correct the odometry of a drive by the closures that a replay found."""
+    try:
+        from vpr_lite_ros.backend.offline import correct_recording, describe
+    except ImportError as error:
+        print(
+            f"vpr-lite: error: the pose graph needs GTSAM and evo ({error}): "
+            "pip install vpr_lite_ros[backend], or -r requirements/backend.txt",
+            file=sys.stderr,
+        )
+        return FAILED
+    report = correct_recording(
+        args.closures,
+        args.odometry,
+        args.output or Path("build/pose_graph") / _name(args.closures),
+        odom_topic=args.odom_topic,
+        truth=args.poses,
+        truth_topic=args.poses_topic,
+        of_camera=args.of_camera,
+    )
+    print(describe(report))
+    return OK
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Measure recall and precision of a model on labelled images."""
     from vpr_lite_ros.benchmarks import aligned, find_benchmarks
@@ -343,6 +367,7 @@ def _exit_code(summary: dict[str, Any]) -> int:
 
 COMMANDS = (
     replay,
+    pose_graph,
     demo,
     evaluate,
     calibrate,

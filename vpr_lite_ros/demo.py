@@ -7,6 +7,7 @@ imports rclpy, and nothing imports it but the command line.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -17,10 +18,9 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -29,6 +29,7 @@ import yaml
 from ament_index_python.packages import PackageNotFoundError, get_package_prefix
 from diagnostic_msgs.msg import DiagnosticArray
 from nav_msgs.msg import Odometry
+from nav_msgs.msg import Path as PathMessage
 from numpy.typing import NDArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -37,7 +38,7 @@ from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage
 from sensor_msgs.msg import Image as ImageMessage
 
-from vpr_lite_ros.bags import SourceError, read_poses, write_drive
+from vpr_lite_ros.bags import Poses, SourceError, read_poses, write_drive
 from vpr_lite_ros.config import Config, make_config
 from vpr_lite_ros.drawing import draw_trajectory
 from vpr_lite_ros.evaluation import RadiusTruth
@@ -49,13 +50,14 @@ from vpr_lite_ros.progress import progress
 from vpr_lite_ros.simulation import simulate_drive
 from vpr_lite_ros.summary import Record, describe_evaluation, judge, percentile, write_json
 
-NODE = "loop_closure"
+NODE, BACK_END = "loop_closure", "pose_graph"
 START_TIMEOUT_S = 60.0
 DECISION_TIMEOUT_S = 5.0
 FAREWELL_TIMEOUT_S = 20.0
 DRIVE_SETTINGS = {"min_time_gap_s": 20.0, "min_closure_interval_s": 0.0}
 """On the demo drive a place comes again after 29 to 38 s; every keyframe that is recognised is
 shown."""
+WRITTEN = ("trajectory.png", "map.png", "report.json")
 PICTURES = 3
 PICTURE_GAP_NS = 6_000_000_000
 """Pictures of found pairs show places at least this far apart in time."""
@@ -77,6 +79,8 @@ class Heard:
     closures: list[LoopClosure] = field(default_factory=list)
     held_back: list[LoopClosure] = field(default_factory=list)
     """Recognised too soon after a closure to be one."""
+    path: PathMessage | None = None
+    """The newest corrected path, if a back end runs."""
     pictures: list[Path] = field(default_factory=list)
     diagnostics: dict[str, str] = field(default_factory=dict)
     model_id: str = ""
@@ -97,7 +101,7 @@ def run_demo(
     Parameters
     ----------
     output
-        Folder for ``report.json``, ``trajectory.png`` and pictures of found pairs.
+        Folder for ``report.json``, ``trajectory.png``, ``map.png`` and pictures of found pairs.
     settings
         The node's parameters by full name, where they differ from the defaults.
     bag
@@ -126,22 +130,29 @@ def run_demo(
         settings = {**DRIVE_SETTINGS, **settings}
     config = make_config(settings)
     output.mkdir(parents=True, exist_ok=True)
-    for old in (*output.glob("loop_*.jpg"), output / "trajectory.png", output / "report.json"):
+    for old in (*output.glob("loop_*.jpg"), *(output / name for name in WRITTEN)):
         old.unlink(missing_ok=True)
     if bag is None:
         bag = _draw_drive(output / "drive")
     _stay_on_this_machine()
     began = time.perf_counter()
     with Playback(bag, image_topic) as playback:
+        no_map = _why_no_map(playback)
         # The player's topics exist before the node does, so the node finds them as on a robot.
-        with _player(output, playback.compressed) as player:
+        with _player(output, playback.compressed, not no_map) as player:
             node_settings = {
                 "session_id": "demo",
                 **settings,
                 "image_transport": "compressed" if playback.compressed else "raw",
             }
-            with _node(player.namespace, node_settings, output) as process:
-                player.process = process
+            with ExitStack() as nodes:
+                nodes_settings = (
+                    {NODE: node_settings} if no_map else {NODE: node_settings, BACK_END: {}}
+                )
+                player.processes = [
+                    nodes.enter_context(_node(name, player.namespace, settings, output))
+                    for name, settings in nodes_settings.items()
+                ]
                 try:
                     player.wait_for_node()
                     player.play(playback, speed, config)
@@ -150,6 +161,7 @@ def run_demo(
                     player.heard.stopped = "interrupted"
         heard = player.heard
     report = _report(heard, bag, config, radius_m, output)
+    report |= _map(heard, bag, output / "map.png", no_map)
     report["seconds"] = round(time.perf_counter() - began, 1)
     write_json(output / "report.json", report)
     return report
@@ -167,6 +179,13 @@ def describe_demo(report: Record) -> str:
         if report["evaluation"]
         else f"precision and recall are not known: {report['no_evaluation']}",
     ]
+    if report["ate_corrected_m"] is not None:
+        lines.append(
+            f"map: odometry is {report['ate_odometry_m']:.2f} m off (ATE), corrected by the "
+            f"closures {report['ate_corrected_m']:.2f} m"
+        )
+    else:
+        lines.append(f"map: not corrected, or not measured: {report['no_ate']}")
     if report["stopped"]:
         lines.append(f"stopped early: {report['stopped']}")
     return "\n".join([*lines, f"report and pictures: {report['output']}/"])
@@ -187,6 +206,15 @@ def _draw_drive(path: Path) -> Path:
     return path
 
 
+def _why_no_map(playback: Playback) -> str | None:
+    """Why no back end can run beside the node; None if one can."""
+    if importlib.util.find_spec("gtsam") is None or importlib.util.find_spec("evo") is None:
+        return "GTSAM or evo is not installed: pip install -r requirements/backend.txt"
+    if ODOMETRY not in playback.roles.values():
+        return "the bag has no odometry, or several"
+    return None
+
+
 def _stay_on_this_machine() -> None:
     """Keep the demo off the network, unless the user has said what they want."""
     chosen = ("ROS_AUTOMATIC_DISCOVERY_RANGE", "ROS_LOCALHOST_ONLY", "ROS_STATIC_PEERS")
@@ -199,13 +227,15 @@ def _stay_on_this_machine() -> None:
 
 
 @contextmanager
-def _node(namespace: str, settings: dict[str, object], output: Path) -> Iterator[Any]:
-    """The real node as a process of its own; asked to end as by Ctrl-C, it must end well."""
-    parameters_file = output / "parameters.yaml"
+def _node(
+    name: str, namespace: str, settings: dict[str, object], output: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A real node as a process of its own; asked to end as by Ctrl-C, it must end well."""
+    parameters_file = output / ("parameters.yaml" if name == NODE else f"{name}.yaml")
     parameters = {"/**": {"ros__parameters": settings}}
     parameters_file.write_text(yaml.safe_dump(parameters), encoding="utf-8")
     try:
-        executable = Path(get_package_prefix("vpr_lite_ros")) / "lib/vpr_lite_ros/loop_closure_node"
+        executable = Path(get_package_prefix("vpr_lite_ros")) / f"lib/vpr_lite_ros/{name}_node"
     except PackageNotFoundError as error:
         raise DemoError(
             "the package vpr_lite_ros is not in the ROS environment: build it with colcon and "
@@ -213,7 +243,8 @@ def _node(namespace: str, settings: dict[str, object], output: Path) -> Iterator
         ) from error
     command = [sys.executable, str(executable), "--ros-args", "-r", f"__ns:={namespace}"]
     # Other nodes' diagnostics are none of ours.
-    command += ["-r", "/diagnostics:=diagnostics", "--params-file", str(parameters_file)]
+    command += ["-r", "/diagnostics:=diagnostics", "-r", "/tf:=tf"]
+    command += ["--params-file", str(parameters_file)]
     # In a session of its own, Ctrl-C in the terminal reaches the player alone.
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -221,9 +252,9 @@ def _node(namespace: str, settings: dict[str, object], output: Path) -> Iterator
         process.send_signal(signal.SIGINT)
         code = process.wait(FAREWELL_TIMEOUT_S)
         if code != 0:
-            raise DemoError(f"the node ended with exit code {code}; its messages are above")
+            raise DemoError(f"{name} ended with exit code {code}; its messages are above")
     except subprocess.TimeoutExpired as error:
-        raise DemoError(f"the node did not end within {FAREWELL_TIMEOUT_S:g} s") from error
+        raise DemoError(f"{name} did not end within {FAREWELL_TIMEOUT_S:g} s") from error
     finally:
         if process.poll() is None:
             process.kill()
@@ -231,12 +262,12 @@ def _node(namespace: str, settings: dict[str, object], output: Path) -> Iterator
 
 
 @contextmanager
-def _player(output: Path, compressed: bool) -> Iterator[Player]:
+def _player(output: Path, compressed: bool, mapping: bool) -> Iterator[Player]:
     # rclpy's own handler would end the context at Ctrl-C, before the node is asked to end.
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     try:
         # A namespace of its own keeps apart two demos on one machine.
-        player = Player(f"/vpr_lite_demo_{os.getpid()}", output, compressed)
+        player = Player(f"/vpr_lite_demo_{os.getpid()}", output, compressed, mapping)
         before = signal.signal(signal.SIGINT, player.interrupt)
         try:
             yield player
@@ -253,13 +284,13 @@ def _player(output: Path, compressed: bool) -> Iterator[Player]:
 class Player:
     """Publishes what a bag holds and listens to what the node makes of it."""
 
-    def __init__(self, namespace: str, output: Path, compressed: bool) -> None:
+    def __init__(self, namespace: str, output: Path, compressed: bool, mapping: bool) -> None:
         self.namespace = namespace
         self.heard = Heard()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._output = output
         self._say: Callable[[str], object] = print
-        self._diagnostics_heard = 0
+        self._diagnostics_heard: Counter[str] = Counter()
         self._expected: deque[int] = deque()
         self._patient = True
         self._interrupted = False
@@ -278,6 +309,8 @@ class Player:
         image_type, image_topic = (
             (CompressedImage, "image/compressed") if compressed else (ImageMessage, "image")
         )
+        # The back end listens to odometry beside the detector.
+        self._listeners = {ODOMETRY: 2 if mapping else 1}
         self._publishers = {
             IMAGE: self._node.create_publisher(image_type, image_topic, reliable),
             CAMERA_INFO: self._node.create_publisher(CameraInfo, "camera_info", reliable),
@@ -295,6 +328,11 @@ class Player:
                 DiagnosticArray, "diagnostics", self._on_diagnostics, reliable
             ),
         ]
+        if mapping:
+            newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+            self._subscriptions.append(
+                self._node.create_subscription(PathMessage, "path", self._on_path, newest)
+            )
 
     # -- playing
 
@@ -311,7 +349,8 @@ class Player:
 
         def connected() -> bool:
             return all(
-                publisher.get_subscription_count() for publisher in self._publishers.values()
+                publisher.get_subscription_count() >= self._listeners.get(role, 1)
+                for role, publisher in self._publishers.items()
             ) and all(
                 self._node.count_publishers(subscription.topic_name)
                 for subscription in self._subscriptions
@@ -375,9 +414,12 @@ class Player:
     def wait_for_last_words(self) -> None:
         """Wait for the last decision, and for diagnostics that count the last image."""
         self._let_node_follow(ahead=0)
-        before = self._diagnostics_heard
-        # The first one after the last image may have been on its way already.
-        self._spin_until(lambda: self._diagnostics_heard >= before + 2, 5.0)
+        before = self._diagnostics_heard.copy()
+        # The first one after the last image may have been on its way already. A back end puts
+        # out its path between two of its diagnostics.
+        self._spin_until(
+            lambda: all(self._diagnostics_heard[name] >= before[name] + 2 for name in before), 5.0
+        )
 
     def _spin_until(self, done: Callable[[], bool], timeout_s: float = math.inf) -> bool:
         """Take messages until ``done``; False if ``timeout_s`` passed before."""
@@ -385,11 +427,12 @@ class Player:
         while not done():
             if time.monotonic() >= deadline:
                 return False
-            if self.process is not None and self.process.poll() is not None:
-                raise DemoError(
-                    f"the node ended with exit code {self.process.returncode}; its messages "
-                    "are above"
-                )
+            for process in self.processes:
+                if process.poll() is not None:
+                    raise DemoError(
+                        f"the node ended with exit code {process.returncode}; its messages "
+                        "are above"
+                    )
             if self._interrupted:
                 raise KeyboardInterrupt
             self._executor.spin_once(timeout_sec=0.01)
@@ -432,8 +475,13 @@ class Player:
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            self.heard.diagnostics = {item.key: item.value for item in status.values}
-        self._diagnostics_heard += 1
+            name = status.name.split(":")[0].rsplit("/", 1)[-1]
+            if name == NODE:
+                self.heard.diagnostics = {item.key: item.value for item in status.values}
+            self._diagnostics_heard[name] += 1
+
+    def _on_path(self, message: PathMessage) -> None:
+        self.heard.path = message
 
 
 # -- after -------------------------------------------------------------------------------------
@@ -473,6 +521,41 @@ def _report(heard: Heard, bag: Path, config: Config, radius_m: float, output: Pa
         "drops": drops,
         "candidates": dict(sorted(heard.statuses.items())),
         "pictures": [path.name for path in heard.pictures],
+    }
+
+
+def _map(heard: Heard, bag: Path, picture: Path, no_map: str | None) -> Record:
+    """How far the odometry and the back end's path are from the truth; draws both."""
+    nothing: Record = {
+        "ate_odometry_m": None,
+        "ate_corrected_m": None,
+        "no_ate": no_map,
+        "map": None,
+    }
+    if no_map:
+        return nothing
+    # Imported here: the node and the rest of the demo need no GTSAM.
+    from vpr_lite_ros.backend.offline import measure_path
+
+    if heard.path is None:
+        return nothing | {"no_ate": "the back end has published no path"}
+    poses = [one.pose for one in heard.path.poses]
+    path = Poses(
+        np.array([[one.position.x, one.position.y, one.position.z] for one in poses]),
+        np.array([stamp_ns(one.header.stamp) for one in heard.path.poses]),
+        None,
+        np.array([[getattr(one.orientation, axis) for axis in "xyzw"] for one in poses]),
+    )
+    closures = [(stamp_ns(one.header.stamp), stamp_ns(one.match_stamp)) for one in heard.closures]
+    try:
+        before, after = measure_path(bag, path, closures, picture)
+    except SourceError as error:
+        return nothing | {"no_ate": str(error)}
+    return {
+        "ate_odometry_m": before["ate_m"],
+        "ate_corrected_m": after["ate_m"],
+        "no_ate": None,
+        "map": {"before": before, "after": after},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,8 @@ def draw_trajectory(
     title
         Stands above the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     across, up = _ground_axes(xyz)
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure()
     axes.plot(xyz[:, across], xyz[:, up], color=PATH_COLOUR, linewidth=1.2, label="path")
     known = np.flatnonzero(np.isfinite(xyz).all(axis=1))
     if len(known):
@@ -54,6 +50,69 @@ def draw_trajectory(
             label = "_more"  # matplotlib leaves names with an underscore out of the legend
         if not chosen:
             axes.plot([], [], color=colour, label=label)
+    _finish(path, figure, axes, (across, up), title)
+
+
+def draw_map(
+    path: Path,
+    corrected: NDArray[np.float64],
+    odometry: NDArray[np.float64],
+    truth: NDArray[np.float64] | None,
+    closures: Sequence[tuple[int, int, bool]],
+    title: str,
+) -> None:
+    """Write a picture of a drive from above: as odometry has it, corrected, and as it was.
+
+    Parameters
+    ----------
+    path
+        File to write, ``.png``.
+    corrected, odometry, truth
+        (N, 3), (N, 3), (M, 3) positions in the order of time, metres, in one frame.
+    closures
+        (query, match, believed): rows of ``corrected``.
+    title
+        Stands above the picture.
+    """
+    across, up = _ground_axes(corrected)
+    figure, axes = _figure()
+    ways = (
+        (truth, "black", "truth", 3.0, 0.25),
+        (odometry, FALSE_COLOUR, "odometry", 1.0, 0.8),
+        (corrected, "#2b6cb0", "corrected", 1.4, 1.0),
+    )
+    for xyz, colour, name, width, alpha in ways:
+        if xyz is not None:
+            axes.plot(
+                xyz[:, across], xyz[:, up], color=colour, linewidth=width, alpha=alpha, label=name
+            )
+    for believed, colour, name in (
+        (True, TRUE_COLOUR, "closures"),
+        (False, "orange", "not believed"),
+    ):
+        chosen = [(query, match) for query, match, one in closures if one is believed]
+        label = f"{name} ({len(chosen)})"
+        for query, match in chosen:
+            ends = corrected[[query, match]]
+            axes.plot(
+                ends[:, across], ends[:, up], "-o",
+                color=colour, linewidth=1.2, markersize=3, label=label,
+            )  # fmt: skip
+            label = "_more"
+    _finish(path, figure, axes, (across, up), title)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _finish(path: Path, figure: Any, axes: Any, shown: tuple[int, int], title: str) -> None:
+    across, up = shown
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"{'xyz'[across]} [m]")
     axes.set_ylabel(f"{'xyz'[up]} [m]")

@@ -15,20 +15,17 @@ from sensor_msgs.msg import CameraInfo
 from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
 
+from vpr_lite_ros import relative_pose
 from vpr_lite_ros.database import Pose
 from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import LoopClosure
+from vpr_lite_ros.relative_pose import ROTATION_SIGMA, RelativePose, relative_pose_of
 
 UNKNOWN_VARIANCE = 1e6
 """Metres² and radians²: says nothing."""
-ROTATION_VARIANCE = 0.1**2
-"""Radians²: patches lie 16 px apart, so a rotation from them is good to some degrees."""
-
-OPTICAL_IN_BODY: NDArray[np.float64] = np.array(
-    [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
-)
-"""Rotation of a forward-looking optical frame (x right, y down, z forward) in the body's frame."""
+OPTICAL_IN_BODY = relative_pose.OPTICAL_IN_BODY
+"""Of a camera that looks forward, where tf does not say better."""
 
 
 def stamp_ns(stamp: Time) -> int:
@@ -120,13 +117,10 @@ def _of_candidate(
         model_id=common.model_id,
         latency_ms=common.latency_ms,
     )
-    if (fit := candidate.fit) is not None:
-        moved = fit.direction.any()
-        message.pose_type = (
-            LoopClosure.POSE_ROTATION_AND_DIRECTION if moved else LoopClosure.POSE_ROTATION
-        )
-        rotation = optical_in_body @ fit.rotation @ optical_in_body.T
-        message.relative_pose = _pose_of(rotation, optical_in_body @ fit.direction)
+    if candidate.fit is not None:
+        known = relative_pose_of(candidate.fit, optical_in_body)
+        message.pose_type = int(known.pose_type)
+        message.relative_pose = _pose_of(known)
     return message
 
 
@@ -137,44 +131,20 @@ def _unknown_pose() -> PoseWithCovariance:
     return pose
 
 
-def _pose_of(rotation: NDArray[np.float64], direction: NDArray[np.float64]) -> PoseWithCovariance:
+def _pose_of(known: RelativePose) -> PoseWithCovariance:
     """Rotation and a unit vector (or 0); its length is not known, so neither is the translation."""
     pose = PoseWithCovariance()
-    x, y, z = (float(value) for value in direction)
+    x, y, z = known.translation
     pose.pose.position = Point(x=x, y=y, z=z)
-    qx, qy, qz, qw = quaternion(rotation)
+    qx, qy, qz, qw = known.quaternion
     pose.pose.orientation = Quaternion(x=qx, y=qy, z=qz, w=qw)
-    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_VARIANCE] * 3).ravel()
+    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_SIGMA**2] * 3).ravel()
     return pose
-
-
-def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:
-    """Unit quaternion (x, y, z, w), w ≥ 0, of a rotation matrix (3, 3)."""
-    r = rotation
-    # The largest eigenvector of this symmetric matrix is the quaternion, for any rotation.
-    k = np.array(
-        [
-            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
-            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
-            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
-            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
-        ]
-    )
-    x, y, z, w = np.linalg.eigh(k)[1][:, 3] * 1.0
-    sign = -1.0 if w < 0 else 1.0
-    return float(sign * x), float(sign * y), float(sign * z), float(sign * w)
 
 
 def rotation_matrix(turn: Quaternion) -> NDArray[np.float64]:
     """Rotation matrix (3, 3) of a unit quaternion."""
-    x, y, z, w = turn.x, turn.y, turn.z, turn.w
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    return relative_pose.rotation_matrix(turn.x, turn.y, turn.z, turn.w)
 
 
 def to_markers(

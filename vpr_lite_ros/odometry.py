@@ -18,7 +18,7 @@ ODOMETRY_TOLERANCE_NS = 200_000_000
 
 
 class Odometry:
-    """Poses of one odometry topic of a bag.
+    """Poses of one odometry topic of a bag, kept in the order of time.
 
     Parameters
     ----------
@@ -34,18 +34,18 @@ class Odometry:
         self, topic: str, stamps_ns: NDArray[np.int64], poses: NDArray[np.float64]
     ) -> None:
         order = np.argsort(stamps_ns, kind="stable")
-        self.topic, self._stamps, self._poses = topic, stamps_ns[order], poses[order]
+        self.topic, self.stamps_ns, self.poses = topic, stamps_ns[order], poses[order]
 
     def at(self, stamp_ns: int) -> Pose | None:
         """The pose nearest in time, if one is near enough."""
-        after = int(np.searchsorted(self._stamps, stamp_ns))
-        near = range(max(0, after - 1), min(after + 1, len(self._stamps)))
+        after = int(np.searchsorted(self.stamps_ns, stamp_ns))
+        near = range(max(0, after - 1), min(after + 1, len(self.stamps_ns)))
         if not near:
             return None
-        nearest = min(near, key=lambda row: abs(int(self._stamps[row]) - stamp_ns))
-        if abs(int(self._stamps[nearest]) - stamp_ns) > ODOMETRY_TOLERANCE_NS:
+        nearest = min(near, key=lambda row: abs(int(self.stamps_ns[row]) - stamp_ns))
+        if abs(int(self.stamps_ns[nearest]) - stamp_ns) > ODOMETRY_TOLERANCE_NS:
             return None
-        x, y, z, qx, qy, qz, qw = (float(value) for value in self._poses[nearest])
+        x, y, z, qx, qy, qz, qw = (float(value) for value in self.poses[nearest])
         return Pose((x, y, z), (qx, qy, qz, qw))
 
 

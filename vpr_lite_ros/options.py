@@ -93,6 +93,31 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     _add_all_parameters(parser)
 
 
+def _add_pose_graph_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "closures", type=Path, help="folder that replay has written, or its closures.jsonl"
+    )
+    parser.add_argument(
+        "--odometry", type=Path, required=True, metavar="FILE",
+        help="poses of the drive: bag, TUM trajectory, or CSV with x, y, z, qx, qy, qz, qw and "
+        "stamp_s",
+    )  # fmt: skip
+    parser.add_argument("--odom-topic", metavar="TOPIC", help="where a bag has several")
+    parser.add_argument(
+        "--output", type=Path, help="folder for results; empty: build/pose_graph/<name of closures>"
+    )
+    parser.add_argument(
+        "--poses", type=Path, metavar="FILE",
+        help="true poses, to measure by: CSV, TUM trajectory or bag",
+    )  # fmt: skip
+    parser.add_argument("--poses-topic", metavar="TOPIC", help="where the poses' bag has several")
+    parser.add_argument(
+        "--of-camera",
+        action="store_true",
+        help="the poses are of a camera (x right, y down, z forward), as KITTI's",
+    )
+
+
 def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bag", type=Path, help="a bag to play; empty: a drive that is drawn")
     parser.add_argument(
@@ -327,6 +352,7 @@ def _version() -> str:
 
 _OPTIONS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "replay": _add_replay_options,
+    "pose_graph": _add_pose_graph_options,
     "demo": _add_demo_options,
     "evaluate": _add_evaluate_options,
     "calibrate": _add_calibrate_options,

@@ -25,12 +25,13 @@ from vpr_lite_ros.bags.rosbag import is_bag
 from vpr_lite_ros.camera_file import read_camera
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, open_database
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import Candidate, Decision, LoopDetector
 from vpr_lite_ros.evaluation import GroundTruth, PairTruth, RadiusTruth
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, open_model
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.odometry import Odometry, read_odometry
 from vpr_lite_ros.progress import progress
+from vpr_lite_ros.relative_pose import PoseType, relative_pose_of
 from vpr_lite_ros.summary import Record, dumps, judge, percentile, write_json
 
 CLOSURE_FIELDS = (
@@ -49,10 +50,19 @@ CLOSURE_FIELDS = (
     "confidence",
     "num_matches",
     "num_inliers",
+    "pose_type",
+    "x",
+    "y",
+    "z",
+    "qx",
+    "qy",
+    "qz",
+    "qw",
 )
 """Columns of the closures' files. Frames are numbered from 0 in the recording's order; frame and
 name of a match are empty where it is a keyframe of another session, confidence where the model
-is not calibrated."""
+is not calibrated. The last eight say where the body was at the match in the frame of the body at
+the query, as ``LoopClosure.msg`` does, of a camera that looks forward; empty where not known."""
 
 DECIMALS = 6
 
@@ -266,8 +276,20 @@ def _records(run: Run, number: int, decision: Decision) -> list[Record]:
                 "num_inliers": candidate.num_inliers,
                 "status": candidate.status.name,
             }
+            | _relative_pose(candidate)
         )
     return records or [query]
+
+
+def _relative_pose(candidate: Candidate) -> Record:
+    known = relative_pose_of(candidate.fit)
+    if known.pose_type is PoseType.NONE:
+        return {"pose_type": known.pose_type.name}
+    values = dict(zip(("x", "y", "z"), known.translation, strict=True))
+    values |= dict(zip(("qx", "qy", "qz", "qw"), known.quaternion, strict=True))
+    return {"pose_type": known.pose_type.name} | {
+        name: round(value, DECIMALS) for name, value in values.items()
+    }
 
 
 def _rounded(value: float) -> float | None:

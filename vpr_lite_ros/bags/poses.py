@@ -38,11 +38,14 @@ class Poses:
         Strictly increasing nanoseconds.
     names : tuple of N str or None
         What the table calls each frame: a file name or a number.
+    quaternions : (N, 4) float64 array or None
+        Unit quaternions x y z w, where they were recorded.
     """
 
     xyz: NDArray[np.float64]
     stamps_ns: NDArray[np.int64] | None = None
     names: tuple[str, ...] | None = None
+    quaternions: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.xyz)
@@ -101,8 +104,8 @@ def read_poses(path: str | Path, *, topic: str | None = None) -> Poses:
     Parameters
     ----------
     path
-        - `.csv` with a header: columns `x`, `y`, optionally `z` (metres), and at least one of
-          `stamp_s`, `stamp_ns`, `frame`, `file`;
+        - `.csv` with a header: columns `x`, `y`, optionally `z` (metres) and `qx`, `qy`, `qz`,
+          `qw`, and at least one of `stamp_s`, `stamp_ns`, `frame`, `file`;
         - any other text file: TUM lines `stamp tx ty tz qx qy qz qw` (seconds, metres);
         - a bag with odometry or pose messages.
     topic
@@ -163,12 +166,16 @@ def _poses_of_csv(path: Path) -> Poses:
             f"{path} has no column {' or '.join(missing)}; its columns are {','.join(rows[0])}"
         )
     column = frame_column(rows[0])
+    turned = all(f"q{axis}" in rows[0] for axis in "xyzw")
     xyz: list[list[float]] = []
+    turns: list[list[float]] = []
     stamps: list[int] = []
     for number, row in enumerate(rows, start=2):
         where = f"{path}, line {number}"
         try:
             xyz.append([float(row.get(axis) or 0.0) for axis in "xyz"])
+            if turned:
+                turns.append([float(row[f"q{axis}"]) for axis in "xyzw"])
         except ValueError as error:
             raise SourceError(f"{where}: {error}") from error
         stamp_ns = parse_stamp(row, where)
@@ -180,11 +187,12 @@ def _poses_of_csv(path: Path) -> Poses:
             f"{path} says of no pose which image it belongs to: add a column stamp_s "
             f"(seconds) or file; its columns are {','.join(rows[0])}"
         )
-    return _checked(path, xyz, stamps or None, names)
+    return _checked(path, xyz, stamps or None, names, turns)
 
 
 def _poses_of_tum(path: Path) -> Poses:
     xyz: list[list[float]] = []
+    turns: list[list[float]] = []
     stamps: list[int] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -203,9 +211,10 @@ def _poses_of_tum(path: Path) -> Poses:
         stamps.append(seconds_to_ns(fields[0], where))
         try:
             xyz.append([float(field) for field in fields[1:4]])
+            turns.append([float(field) for field in fields[4:]])
         except ValueError as error:
             raise SourceError(f"{where}: {error}") from error
-    return _checked(path, xyz, stamps, None)
+    return _checked(path, xyz, stamps, None, turns)
 
 
 def _poses_of_bag(path: Path, topic: str | None) -> Poses:
@@ -216,19 +225,26 @@ def _poses_of_bag(path: Path, topic: str | None) -> Poses:
             topic = truths[0] if len(truths) == 1 else None
         topic = bag.choose_topic(POSE_TYPES, topic, "pose", "--poses-topic")
         xyz: list[list[float]] = []
+        turns: list[list[float]] = []
         stamps: list[int] = []
         for _, message in bag.messages(topic):
             # Odometry and PoseWithCovariance wrap the pose once more than PoseStamped.
             pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
             xyz.append([pose.position.x, pose.position.y, pose.position.z])
+            turn = pose.orientation
+            turns.append([turn.x, turn.y, turn.z, turn.w])
             stamps.append(message.header.stamp.sec * 10**9 + message.header.stamp.nanosec)
     finally:
         bag.close()
-    return _checked(path, xyz, stamps, None)
+    return _checked(path, xyz, stamps, None, turns)
 
 
 def _checked(
-    path: Path, xyz: list[list[float]], stamps: list[int] | None, names: tuple[str, ...] | None
+    path: Path,
+    xyz: list[list[float]],
+    stamps: list[int] | None,
+    names: tuple[str, ...] | None,
+    turns: list[list[float]],
 ) -> Poses:
     """Sort by stamp, drop repeats, refuse what no evaluation could use."""
     positions = np.asarray(xyz, dtype=np.float64).reshape(-1, 3)
@@ -237,8 +253,13 @@ def _checked(
     if not np.isfinite(positions).all():
         row = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
         raise SourceError(f"{path}: pose {row} is not finite: {positions[row].tolist()}")
+    quaternions = np.asarray(turns, dtype=np.float64).reshape(-1, 4)
+    lengths = np.linalg.norm(quaternions, axis=1, keepdims=True)
+    # Who records positions alone often leaves the rest zero.
+    known = len(quaternions) == len(positions) and bool((abs(lengths - 1) < 0.1).all())
+    unit = quaternions / lengths if known else None
     if stamps is None:
-        return Poses(positions, None, names)
+        return Poses(positions, None, names, unit)
     times, order = np.unique(np.asarray(stamps, dtype=np.int64), return_index=True)
     ordered = tuple(names[row] for row in order) if names is not None else None
-    return Poses(positions[order], times, ordered)
+    return Poses(positions[order], times, ordered, unit[order] if unit is not None else None)

@@ -172,7 +172,7 @@ class Drive:
         stamps, poses = self._motion()
         rng = np.random.default_rng([self.seed, 21])
         scale = 1.0 + rng.choice([-1, 1]) * rng.uniform(0.007, 0.013)
-        bias = rng.choice([-1, 1]) * rng.uniform(0.001, 0.002)  # radians a second
+        bias = rng.choice([-1, 1]) * rng.uniform(0.002, 0.004)  # radians a second
         twists = _twists(stamps, poses)
         twists[1:, 0] = twists[1:, 0] * scale + rng.normal(0, 0.03, len(twists) - 1)
         twists[1:, 1] += bias + rng.normal(0, 0.004, len(twists) - 1)

@@ -1,0 +1,84 @@
+"""What a closure knows of the way between its two images, in the frame of the robot's body."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpr_lite_ros.matching import EpipolarFit
+
+ROTATION_SIGMA = 0.1
+"""Radians: patches lie 16 px apart, so a rotation from them is good to some degrees."""
+
+OPTICAL_IN_BODY: NDArray[np.float64] = np.array(
+    [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
+)
+"""Rotation of a forward-looking optical frame (x right, y down, z forward) in the body's frame."""
+
+
+class PoseType(enum.IntEnum):
+    """How much of a relative pose is known; the numbers are those of ``LoopClosure.msg``."""
+
+    NONE = 0
+    ROTATION_AND_DIRECTION = 1
+    METRIC = 2
+    ROTATION = 3
+
+
+@dataclass(frozen=True)
+class RelativePose:
+    """Pose of the body at the match, in the body's frame at the query."""
+
+    pose_type: PoseType = PoseType.NONE
+    translation: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Metres if METRIC; a unit vector if ROTATION_AND_DIRECTION; else zeros."""
+    quaternion: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 1.0)
+    """x y z w; says nothing if NONE."""
+
+
+def relative_pose_of(
+    fit: EpipolarFit | None, optical_in_body: NDArray[np.float64] = OPTICAL_IN_BODY
+) -> RelativePose:
+    """The relative pose that a candidate's geometry gives.
+
+    ``optical_in_body`` (3, 3) rotates from the camera's optical frame to the body's.
+    """
+    if fit is None:
+        return RelativePose()
+    x, y, z = (float(value) for value in optical_in_body @ fit.direction)
+    return RelativePose(
+        PoseType.ROTATION_AND_DIRECTION if fit.direction.any() else PoseType.ROTATION,
+        (x, y, z),
+        quaternion(optical_in_body @ fit.rotation @ optical_in_body.T),
+    )
+
+
+def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    """Unit quaternion (x, y, z, w), w ≥ 0, of a rotation matrix (3, 3)."""
+    r = rotation
+    # The largest eigenvector of this symmetric matrix is the quaternion, for any rotation.
+    k = np.array(
+        [
+            [r[0, 0] - r[1, 1] - r[2, 2], 0, 0, 0],
+            [r[1, 0] + r[0, 1], r[1, 1] - r[0, 0] - r[2, 2], 0, 0],
+            [r[2, 0] + r[0, 2], r[2, 1] + r[1, 2], r[2, 2] - r[0, 0] - r[1, 1], 0],
+            [r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1], np.trace(r)],
+        ]
+    )
+    x, y, z, w = np.linalg.eigh(k)[1][:, 3] * 1.0
+    sign = -1.0 if w < 0 else 1.0
+    return float(sign * x), float(sign * y), float(sign * z), float(sign * w)
+
+
+def rotation_matrix(x: float, y: float, z: float, w: float) -> NDArray[np.float64]:
+    """Rotation matrix (3, 3) of a unit quaternion."""
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
