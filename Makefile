@@ -48,6 +48,7 @@ eval-data:
 # the training and inference libraries that the other tests load into theirs.
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
+	@scripts/browser.sh
 	@$(ENV) && pytest $(if $(ARGS),$(ARGS),--ignore test/test_node.py)
 	@$(if $(ARGS),:,$(ENV) && pytest test/test_node.py)
 

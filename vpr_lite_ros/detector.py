@@ -54,6 +54,8 @@ class Candidate:
     known, with one homography."""
     confidence: float = math.nan
     """P(same place), 0…1; NaN where the pair was not matched or the model is not calibrated."""
+    has_camera: bool | None = None
+    """Whether both cameras are known; None where the geometry was not checked."""
     agreeing: int = 0
     """Keyframes in a row, this one included, that point to this stretch of the map."""
     status: Status = Status.NOT_BEST
@@ -177,9 +179,13 @@ class LoopDetector:
                 stamp_ns, description, pose, camera, thumbnail(image)
             )
         self._passed_before = passed
+        self.remember(stamp_ns, pose, description)
+        return decision
+
+    def remember(self, stamp_ns: int, pose: Pose | None, description: Description) -> None:
+        """Take this as the last keyframe: what the next one is compared with."""
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
-        return decision
 
     def query(
         self, image: Image, stamp_ns: int = 0, top_k: int = 0, camera: Camera | None = None
@@ -255,12 +261,9 @@ class LoopDetector:
         self, description: Description, camera: Camera | None, decision: Decision
     ) -> list[Candidate]:
         """Give each candidate that fails a check its status; return those that pass all."""
-        similar = []
         for candidate in decision.candidates:
-            if candidate.similarity < self.similarity_threshold:
-                candidate.status = Status.LOW_SIMILARITY
-            else:
-                similar.append(candidate)
+            candidate.status = self.judge(candidate)
+        similar = [one for one in decision.candidates if one.status is Status.NOT_BEST]
         if not similar:
             return []
         with _timed(decision, "match"):
@@ -278,13 +281,12 @@ class LoopDetector:
     ) -> Status:
         """The first check that a matched candidate fails, or NOT_BEST while it may still win."""
         assert candidate.matches is not None
-        if candidate.match_score < self.match_threshold:
-            return Status.LOW_SCORE
-        if len(candidate.matches) < self.config.min_matches:
-            return Status.FEW_MATCHES
+        if (status := self.judge(candidate)) is not Status.NOT_BEST:
+            return status
         query_centres = description.centres[candidate.matches.query]
         candidate_centres = candidate.keyframe.centres[candidate.matches.candidate]
         known_camera = candidate.keyframe.camera
+        candidate.has_camera = camera is not None and known_camera is not None
         if camera is not None and known_camera is not None:
             tolerance = self.config.epipolar_tolerance_px * camera.radians_per_pixel(
                 self.model.bundle.image_size[0]
@@ -293,19 +295,49 @@ class LoopDetector:
                 camera.rays(query_centres), known_camera.rays(candidate_centres), tolerance
             )
             candidate.agreement = candidate.num_inliers
-            if candidate.num_inliers < self.min_inliers:
-                return Status.GEOMETRY
         else:
             pixels = np.array(self.model.bundle.image_size)
             candidate.agreement = count_planar(
                 query_centres * pixels, candidate_centres * pixels, PLANAR_TOLERANCE_PX
             )
         if (calibration := self.model.bundle.calibration) is not None:
-            curve = calibration.curve(camera is not None and known_camera is not None)
+            curve = calibration.curve(candidate.has_camera)
             candidate.confidence = curve.confidence(features_of(candidate))
+        return self.judge(candidate)
+
+    def judge(self, candidate: Candidate) -> Status:
+        """The first check that fails by what is known of a candidate so far, else NOT_BEST.
+
+        What was not measured yet (NaN, None) fails no check.
+        """
+        if candidate.similarity < self.similarity_threshold:
+            return Status.LOW_SIMILARITY
+        if math.isnan(candidate.match_score):
+            return Status.NOT_BEST
+        if candidate.match_score < self.match_threshold:
+            return Status.LOW_SCORE
+        if candidate.num_matches < self.config.min_matches:
+            return Status.FEW_MATCHES
+        if candidate.has_camera and candidate.num_inliers < self.min_inliers:
+            return Status.GEOMETRY
+        calibration = self.model.bundle.calibration
+        if calibration is not None and not math.isnan(candidate.confidence):
+            curve = calibration.curve(bool(candidate.has_camera))
             if candidate.confidence < curve.threshold(self.config.target_precision):
                 return Status.LOW_CONFIDENCE
         return Status.NOT_BEST
+
+    def decide(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        """Judge the next keyframe's candidates, all measured before, as ``process`` does.
+
+        For trying thresholds on recorded scores: nothing is described, matched or stored.
+        """
+        for candidate in candidates:
+            candidate.status = self.judge(candidate)
+        passed = [one for one in candidates if one.status is Status.NOT_BEST]
+        closure = self._accept(passed)
+        self._passed_before = passed
+        return closure
 
     def _accept(self, passed: list[Candidate]) -> Candidate | None:
         """The best candidate to which enough keyframes in a row have pointed."""

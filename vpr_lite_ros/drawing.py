@@ -33,7 +33,7 @@ def draw_trajectory(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    across, up = _ground_axes(xyz)
+    across, up = ground_axes(xyz)
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -64,7 +64,7 @@ def draw_trajectory(
     figure.savefig(path, dpi=120)
 
 
-def _ground_axes(xyz: NDArray[np.float64]) -> tuple[int, int]:
+def ground_axes(xyz: NDArray[np.float64]) -> tuple[int, int]:
     """The two axes along which the path extends most: x y, or x z in a camera's frame."""
     if not np.isfinite(xyz).all(axis=1).any():
         return 0, 1
