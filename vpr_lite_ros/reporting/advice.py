@@ -124,7 +124,7 @@ def _about_closures(figures: Record, evaluation: Record, target: float) -> list[
         found.append(
             _says(
                 GOOD if evaluation["recall"] >= 0.8 else WARN,
-                f"{count} of {revisits} revisits are missed, most of them ({missed[reason]}) by "
+                f"{count} of {revisits} revisits are missed, {missed[reason]} of them by "
                 f"{reason}: {REMEDIES.get(reason, 'see the timeline')}",
             )
         )

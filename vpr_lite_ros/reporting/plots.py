@@ -98,7 +98,8 @@ def precision_recall(curves: Record, evaluation: Record) -> str:
                 axes.plot(
                     [0, *recall], [precision[0], *precision], color=colour,
                     linewidth=2.2 if name == "detector" else 1.2, drawstyle="steps-post",
-                    zorder=4 if name == "detector" else 2, label=f"{label}, area {curve['auc']:.3f}",
+                    zorder=4 if name == "detector" else 2,
+                    label=f"{label}, area {curve['auc']:.3f}",
                 )  # fmt: skip
         point = evaluation["recall"], evaluation["precision"]
         if np.isfinite(np.array(point, np.float64)).all():
@@ -107,7 +108,8 @@ def precision_recall(curves: Record, evaluation: Record) -> str:
                 markeredgecolor=INK, label="these parameters", zorder=5, clip_on=False,
             )  # fmt: skip
         axes.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel="recall", ylabel="precision")
-        axes.legend(loc="lower left")
+        if axes.lines:
+            axes.legend(loc="lower left")
     return plot.svg
 
 

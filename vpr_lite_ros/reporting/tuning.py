@@ -40,8 +40,6 @@ MATCH_LEVELS = 10
 INLIER_LEVELS = (0, 12, 20, 30)
 BLOCKS = 5
 MARGINS = (0, 1, 2, 3)
-CONFIDENCE_Z = 1.96
-"""95%, two-sided."""
 
 
 class TuningError(ValueError):
@@ -295,8 +293,7 @@ def share(right: Booleans, least: int) -> Share:
     """Share of ``right``, in order of time, with a 95% interval for another recording as long.
 
     Keyframes in a row share what they see, so errors come in runs: as many observations count as
-    there are spans of ``least`` keyframes, or of the mean run of whichever outcome is rarer. The
-    interval is Wilson's at half that number, since the other recording errs by chance, too.
+    there are spans of ``least`` keyframes, or of the mean run of whichever outcome is rarer.
     """
     count = len(right)
     if not count:
@@ -305,14 +302,24 @@ def share(right: Booleans, least: int) -> Share:
     rarer = right if value < 0.5 else ~right
     runs = int((np.diff(rarer.astype(np.int8), prepend=0) == 1).sum())
     span = max(float(least), int(rarer.sum()) / runs if runs else 1.0)
-    low, high = wilson(value, count / span / 2)
+    low, high = predicted(value, max(1, round(count / span)))
     return Share(value, low, high, count)
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a share that was observed ``count`` times."""
-    z2 = CONFIDENCE_Z**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    half *= CONFIDENCE_Z / (1 + z2 / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+def predicted(value: float, count: int) -> tuple[float, float]:
+    """Where the share will lie, 19 times in 20, among as many observations more.
+
+    ``value`` was observed among ``count``. The one is as much a matter of chance as the other:
+    the number of successes is beta-binomial, given these and Jeffreys' prior.
+    """
+    a, b = value * count + 0.5, (1 - value) * count + 0.5
+    k = range(count + 1)
+    logs = [
+        math.lgamma(count + 1) - math.lgamma(one + 1) - math.lgamma(count - one + 1)
+        + math.lgamma(one + a) + math.lgamma(count - one + b) - math.lgamma(count + a + b)
+        + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+        for one in k
+    ]  # fmt: skip
+    below = np.cumsum(np.exp(logs))
+    low, high = np.searchsorted(below, [0.025, 0.975]).tolist()
+    return low / count, min(high, count) / count
