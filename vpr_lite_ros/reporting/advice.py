@@ -40,10 +40,12 @@ def verdict(figures: Record, target: float) -> Record:
     tuned = (figures.get("recommended") or {}).get("reached")
     if precision < target:
         if tuned:
-            return _says(WARN, "Not safe with these parameters; with the recommended ones it is")
+            return _says(WARN, "Not safe with these parameters: try the recommended ones")
         return _says(BAD, "Not safe here: closures are false too often")
     if recall < 0.5:
         return _says(WARN, "Safe here, but it finds less than half of the revisits")
+    if (revisits := evaluation["findable_keyframes"]) < FEW:
+        return _says(WARN, f"It works here, as far as {revisits} revisits can tell")
     return _says(GOOD, "It works here")
 
 
