@@ -303,8 +303,9 @@ def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "
     number_of: dict[int, int] = {}
     for line in _lines(folder):
         for stage in {*timings, *line["ms"]}:
-            row = timings.setdefault(stage, array("f", [np.nan] * len(frame)))
-            row.append(line["ms"].get(stage, np.nan))
+            if stage not in timings:
+                timings[stage] = array("f", [np.nan] * len(frame))
+            timings[stage].append(line["ms"].get(stage, np.nan))
         for candidate in line["candidates"]:
             candidate[0] = number_of[candidate[0]]
             candidate[6] = np.nan if candidate[6] is None else candidate[6]
