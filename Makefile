@@ -54,6 +54,7 @@ ROS_TESTS := test/test_node.py test/test_lifecycle.py test/test_live.py \
 	test/test_backend_node.py
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh
+	@scripts/browser.sh
 	@$(ENV) && pytest $(or $(ARGS),$(ROS_TESTS:%=--ignore %))
 	@$(if $(ARGS),:,$(ENV) && pytest $(ROS_TESTS))
 

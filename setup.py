@@ -24,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["vpr_lite_ros", "vpr_lite_ros.*"]),
-    package_data={"vpr_lite_ros": ["bundles/**/*.onnx", "bundles/**/*.yaml"]},
+    package_data={"vpr_lite_ros": ["bundles/**/*.onnx", "bundles/**/*.yaml", "reporting/*.html"]},
     data_files=[
         ("share/vpr_lite_ros/config", sorted(map(str, Path("config").glob("*.yaml")))),
     ],

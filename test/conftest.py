@@ -48,6 +48,15 @@ def data_dir(repository: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def corridor(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A real recording, and a folder that keeps what the shipped model says of it."""
+    folder = data_dir / "eval" / "corridor_two_laps"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return folder, tmp_path_factory.mktemp("corridor")
+
+
+@pytest.fixture(scope="session")
 def make_picture() -> MakePicture:
     """``make_picture(seed, (width, height))``: a picture that is the same for the same seed."""
     return _make_picture
@@ -234,7 +243,8 @@ def make_robot(ros_context: Any, tiny_bundle: Path) -> Iterator[Callable[..., Ro
     robots: list[Robot] = []
 
     def make(namespace: str = "/robot", **options: Any) -> Robot:
-        robots.append(Robot(ros_context, namespace, tiny_bundle, **options))
+        options.setdefault("bundle", tiny_bundle)
+        robots.append(Robot(ros_context, namespace, **options))
         return robots[-1]
 
     yield make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import tracemalloc
@@ -509,16 +510,164 @@ def test_poses_of_a_bag(tmp_path: Path) -> None:
     np.testing.assert_array_equal(poses.xyz, [[1, 2, 0.5], [2, 4, 0.5]])
 
     stamped = ROS2.types["geometry_msgs/msg/PoseStamped"](header=header(SECOND), pose=pose(9.0))
-    path = write_bag(tmp_path / "two", [*items, ("/gps", 3, stamped)])
-    with pytest.raises(SourceError, match=r"several pose topics: /gps \(1 messages\), /odom"):
+    two = [*items, ("/gps", 3, stamped)]
+    path = write_bag(tmp_path / "two", two)
+    # Odometry drifts, so what else there is goes before it.
+    assert read_poses(path).source == "/gps (geometry_msgs/msg/PoseStamped)"
+    assert read_poses(path).xyz[0, 0] == 9.0
+    odometry_poses = read_poses(path, topic="/odom")
+    assert odometry_poses.xyz[0, 0] == 1.0 and odometry_poses.drifts
+    path = write_bag(tmp_path / "both", [*two, ("/map_pose", 3, stamped)])
+    with pytest.raises(SourceError, match=r"several pose topics: /gps \(1 messages\), /map_pose"):
         read_poses(path)
-    assert read_poses(path, topic="/gps").xyz[0, 0] == 9.0
 
     path = write_bag(tmp_path / "three", [*items, ("/ground_truth", 3, stamped)])
     assert read_poses(path).xyz[0, 0] == 9.0
     path = write_bag(tmp_path / "four", three_images())
     with pytest.raises(SourceError, match=r"no pose topic"):
         read_poses(path)
+
+
+def transform(parent: str, child: str, x: float, stamp_ns: int, yaw: float = 0.0) -> Any:
+    """``child`` at (x, 0, 0) in ``parent``, turned by ``yaw`` radians."""
+    types = ROS2.types
+    about = dataclasses.replace(header(stamp_ns), frame_id=parent)
+    return types["geometry_msgs/msg/TransformStamped"](
+        header=about,
+        child_frame_id=child,
+        transform=types["geometry_msgs/msg/Transform"](
+            translation=types["geometry_msgs/msg/Vector3"](x=x, y=0.0, z=0.0),
+            rotation=types["geometry_msgs/msg/Quaternion"](
+                x=0.0, y=0.0, z=float(np.sin(yaw / 2)), w=float(np.cos(yaw / 2))
+            ),
+        ),
+    )
+
+
+def fix(latitude: float, longitude: float, stamp_ns: int, status: int = 0) -> Any:
+    types = ROS2.types
+    return types["sensor_msgs/msg/NavSatFix"](
+        header=header(stamp_ns),
+        status=types["sensor_msgs/msg/NavSatStatus"](status=status, service=1),
+        latitude=latitude, longitude=longitude, altitude=100.0,
+        position_covariance=np.zeros(9), position_covariance_type=0,
+    )  # fmt: skip
+
+
+def tf(*transforms: Any) -> Any:
+    return ROS2.types["tf2_msgs/msg/TFMessage"](transforms=list(transforms))
+
+
+def where_it_was(kind: str, second: int) -> tuple[str, Any]:
+    """Topic and message that say: at ``second`` it was at x = ``second`` metres."""
+    at, types = second * SECOND, ROS2.types
+    point = types["geometry_msgs/msg/Point"](x=float(second), y=0.0, z=0.0)
+    match kind:
+        case "odometry":
+            return "/odom", odometry(float(second), at)
+        case "pose":
+            named = types["geometry_msgs/msg/PoseStamped"]
+            return "/pose", named(header=header(at), pose=pose(float(second)))
+        case "point":
+            named = types["geometry_msgs/msg/PointStamped"]
+            return "/leica", named(header=header(at), point=point)
+        case "transform":
+            return "/vicon", transform("world", "body", float(second), at)
+        case "tf":
+            return "/tf", tf(transform("map", "base_link", float(second), at))
+    # One degree of longitude at the equator is 111.3 km.
+    return "/fix", fix(0.0, second / 111319.49, at)
+
+
+@pytest.mark.parametrize("storage", ["sqlite3", "mcap"])
+@pytest.mark.parametrize("kind", ["odometry", "pose", "point", "transform", "tf", "fix"])
+def test_each_ground_truth_of_a_bag(tmp_path: Path, storage: str, kind: str) -> None:
+    said = [(second, *where_it_was(kind, second)) for second in range(1, 5)]
+    items = three_images() + [(topic, n * SECOND, message) for n, topic, message in said]
+    poses = read_poses(write_bag(tmp_path / "bag", items, storage))
+    # Images are at 1, 2 and 3 s.
+    found = poses.positions_for([SECOND, 2 * SECOND, 5 * SECOND // 2])
+    # Fixes are counted from the first one.
+    expected = np.array([1, 2, 2.5]) - (1.0 if kind == "fix" else 0.0)
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-4)
+    assert said[0][1] in poses.source
+    assert poses.drifts == (kind == "odometry")
+
+
+def test_transforms_are_followed_from_the_map_to_the_body(tmp_path: Path) -> None:
+    quarter = np.pi / 2
+    items: list[Item] = [
+        ("/tf_static", 0, tf(transform("base_footprint", "base_link", 0.5, 0))),
+        ("/tf", SECOND, tf(transform("odom", "base_footprint", 1.0, SECOND))),
+        ("/tf", 2 * SECOND, tf(transform("map", "odom", 10.0, 2 * SECOND, quarter),
+                               transform("odom", "base_footprint", 2.0, 2 * SECOND))),
+        ("/tf", 3 * SECOND, tf(transform("base_link", "arm", 9.0, 3 * SECOND))),
+    ]  # fmt: skip
+    poses = read_poses(write_bag(tmp_path / "bag", items))
+    assert poses.source == "/tf (map to base_link)" and not poses.drifts
+    # The map turns the odometry's frame by a quarter: 2.5 m ahead is 2.5 m to the left.
+    np.testing.assert_allclose(poses.xyz[-1], [10, 2.5, 0], atol=1e-12)
+    assert poses.stamps_ns is not None and poses.stamps_ns.tolist() == [SECOND, 2 * SECOND]
+
+    arm = [("/tf", SECOND, tf(transform("map", "gripper", 1.0, SECOND)))]
+    with pytest.raises(SourceError, match=r"base_link.*only gripper, map.*--poses"):
+        read_poses(write_bag(tmp_path / "arm", arm))
+    # Rather odometry than nothing.
+    wheels = [("/odom", SECOND, odometry(4.0, SECOND))]
+    assert read_poses(write_bag(tmp_path / "both", arm + wheels)).xyz[0, 0] == 4.0
+
+
+def test_fixes_are_metres_east_and_north(tmp_path: Path) -> None:
+    items = [
+        ("/fix", SECOND, fix(48.0, 11.0, SECOND)),
+        ("/fix", 2 * SECOND, fix(0.0, 0.0, 2 * SECOND, status=-1)),  # no fix
+        ("/fix", 3 * SECOND, fix(48.001, 11.001, 3 * SECOND)),
+        ("/fix", 4 * SECOND, fix(float("nan"), 11.0, 4 * SECOND)),
+    ]
+    poses = read_poses(write_bag(tmp_path / "bag", items))
+    # Lengths of a degree at 48 degrees, as tables of the WGS84 ellipsoid give them.
+    np.testing.assert_allclose(poses.xyz, np.array([[0.0, 0, 0], [74.63, 111.20, 0]]), atol=0.02)
+    none = [("/fix", SECOND, fix(0.0, 0.0, SECOND, status=-1))]
+    with pytest.raises(SourceError, match="no message on /fix holds a fix"):
+        read_poses(write_bag(tmp_path / "none", none))
+
+
+def test_trajectories_of_kitti_and_euroc(tmp_path: Path) -> None:
+    kitti = tmp_path / "00.txt"
+    kitti.write_text("1 0 0 5 0 1 0 6 0 0 1 7\n1 0 0 8 0 1 0 9 0 0 1 10\n")
+    at = read_poses(kitti).positions_for([0, 0], ["000001.png", "000000.png"])
+    np.testing.assert_array_equal(at, [[8, 9, 10], [5, 6, 7]])
+    euroc = tmp_path / "data.csv"
+    euroc.write_text(
+        "#timestamp, p_RS_R_x [m], p_RS_R_y [m], p_RS_R_z [m], q_RS_w []\n"
+        "1403636579763555584,4.6,-1.7,0.8,0.5\n1403636580763555584,4.8,-1.9,0.8,0.5\n"
+    )
+    at = read_poses(euroc).positions_for([1403636580263555584])
+    np.testing.assert_allclose(at, [[4.7, -1.8, 0.8]])
+    kitti.write_text("1 2 3\n")
+    with pytest.raises(SourceError, match=r"8 numbers a line.*KITTI 12.*this one has 3"):
+        read_poses(kitti)
+
+
+@pytest.mark.parametrize(
+    ("names", "stamps"),
+    [
+        (
+            ["1403636579763555584", "1403636579813555584"],
+            [1403636579763555584, 1403636579813555584],
+        ),
+        (["1305031102.175304", "1305031102.211214"], [1305031102175304000, 1305031102211214000]),
+        (["1305031102.175304", "cover"], [0, SECOND]),
+        (["000001", "000002"], [0, SECOND]),
+    ],
+)
+def test_names_that_are_stamps_are_taken_as_such(
+    tmp_path: Path, names: list[str], stamps: list[int]
+) -> None:
+    for name in names:
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture())
+    with open_source(tmp_path) as source:
+        assert [frame.stamp_ns for frame in source] == stamps
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from vpr_lite_ros.evaluation import (
     findable,
     precision_recall,
     recall_at,
+    roc_auc,
     score_closures,
 )
 
@@ -199,6 +200,51 @@ def test_agrees_with_scikit_learn(seed: int) -> None:
     np.testing.assert_array_equal(curve.precision, precision[-2::-1])
     np.testing.assert_array_equal(curve.recall, recall[-2::-1])
     assert curve.auc == pytest.approx(metrics.average_precision_score(correct, scores), abs=1e-15)
+
+
+# -- ROC area --------------------------------------------------------------------------------------
+
+
+def test_roc_area_worked_by_hand() -> None:
+    # Of the four pairs of a true and a false one, three are in order.
+    scores, true = np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, True, False])
+    assert roc_auc(scores, true) == 3 / 4
+    # Equal scores are half in order.
+    assert roc_auc(np.array([0.5, 0.5]), np.array([True, False])) == 0.5
+    assert roc_auc(np.array([0.9, 0.5, 0.5]), np.array([True, True, False])) == 1.5 / 2
+    for all_alike in (np.ones(3, bool), np.zeros(3, bool), np.ones(0, bool)):
+        assert math.isnan(roc_auc(np.arange(len(all_alike)) * 0.1, all_alike))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_roc_area_agrees_with_scikit_learn(seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 8, 40) / 8
+    true = rng.random(40) < scores
+    true[:2] = True, False
+    assert roc_auc(scores, true) == pytest.approx(metrics.roc_auc_score(true, scores), abs=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_near_frames_are_found_as_among_all_frames(seed: int) -> None:
+    """``findable`` looks only where places can be near; that must leave none out."""
+    rng = np.random.default_rng(seed)
+    xyz = rng.normal(0, 6, (80, 3)).round(1)
+    xyz[:40, 2] = 0
+    xyz[rng.integers(0, 80, 5)] = np.nan
+    stamps, queries = np.arange(80) * 10**9, np.arange(0, 80, 1 + seed % 2)
+    truth = RadiusTruth(xyz, 2.0)
+    expected = [
+        any(
+            np.linalg.norm(xyz[query] - xyz[other]) <= 2.0
+            for other in queries
+            if other < query and query - other >= 5
+        )
+        for query in queries
+    ]
+    assert findable(truth, queries.tolist(), stamps, 5 * 10**9).tolist() == expected
+    assert any(expected)
 
 
 # -- retrieval -------------------------------------------------------------------------------------

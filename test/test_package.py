@@ -23,7 +23,7 @@ RCLPY = (*NODE, "backend/node.py", "demo.py", "live.py", "view_node.py")
 ROS = (*RCLPY, "messages.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "rclpy": RCLPY,
-    "rcl_interfaces": NODE,
+    "rcl_interfaces": (*NODE, "backend/node.py"),
     "tf2_ros": ("node.py",),
     "tf2_msgs": ("backend/node.py",),
     "gtsam": ("backend/",),

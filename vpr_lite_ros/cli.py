@@ -74,6 +74,62 @@ def replay(args: argparse.Namespace) -> int:
     return _exit_code(summary)
 
 
+def report(args: argparse.Namespace) -> int:
+    """Say whether it works on a recording, with figures and pictures, as one HTML page."""
+    from vpr_lite_ros.reporting.report import describe_report, make_report
+
+    output = args.output or Path("build/report") / _name(args.source)
+    settings = config.make_config(settings_of(args))
+    figures = make_report(_asked(args), output, settings, args.target_precision)
+    print(describe_report(figures, output))
+    return _exit_code(figures)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Find parameters for a target precision on a recording, as a ROS parameter file."""
+    from vpr_lite_ros.reporting.report import describe_tuning, tune_parameters, write_parameters
+    from vpr_lite_ros.reporting.tuning import Tuning
+
+    work = args.work or Path("build/report") / _name(args.source)
+    settings = config.make_config(settings_of(args))
+    found = tune_parameters(_asked(args), work, settings, args.target_precision)
+    if not isinstance(found, Tuning):
+        print(
+            f"vpr-lite: {found.frames} of {found.total} frames done ({found.stopped}); run it "
+            "again to go on",
+            file=sys.stderr,
+        )
+        return _exit_code({"stopped": found.stopped})
+    if not found.reached:
+        print(
+            f"vpr-lite: error: a precision of {found.target:g} is out of reach here: the best is "
+            f"{found.precision.value:.3f} with recall {found.recall.value:.3f}. Ask for less with "
+            "--target-precision, or look at the false closures with vpr-lite report; "
+            f"{args.output} is not written",
+            file=sys.stderr,
+        )
+        return FAILED
+    write_parameters(args.output, settings, found, args.source)
+    print(describe_tuning(found, args.output))
+    return OK
+
+
+def _asked(args: argparse.Namespace) -> Any:
+    from vpr_lite_ros.reporting.report import Asked
+
+    return Asked(
+        source=args.source,
+        image_topic=args.image_topic,
+        odom_topic=args.odom_topic,
+        rate_hz=args.rate,
+        camera_file=args.camera,
+        poses=args.poses,
+        poses_topic=args.poses_topic,
+        pairs=args.pairs,
+        radius_m=args.radius,
+    )
+
+
 def demo(args: argparse.Namespace) -> int:
     """Play a drive into the real node over DDS and draw the closures it finds."""
     try:
@@ -368,6 +424,8 @@ def _exit_code(summary: dict[str, Any]) -> int:
 COMMANDS = (
     replay,
     pose_graph,
+    report,
+    tune,
     demo,
     evaluate,
     calibrate,

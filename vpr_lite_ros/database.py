@@ -119,6 +119,11 @@ class KeyframeDatabase:
         return self._file.durable_id
 
     @property
+    def last_id(self) -> int:
+        """Of the keyframe that was stored last; 0 if there is none."""
+        return int(self._rows["id"][self._count - 1]) if self._count else 0
+
+    @property
     def fault(self) -> str:
         """Why stored keyframes are not getting onto the disk, or are not used; empty if all is
         well."""
@@ -427,6 +432,13 @@ class KeyframeDatabase:
     def save(self) -> None:
         """Bring everything from SQLite's log into the file itself, and on to the disk."""
         self._file.save()
+
+    def delete_after(self, keyframe_id: int) -> None:
+        """Delete what was stored after this keyframe, as if it had never been; 0 deletes all."""
+        ids = self._rows["id"][: self._count]
+        self._file.delete(ids[ids > keyframe_id].tolist())
+        self._clear_memory()
+        self._load()
 
     def reset(self) -> None:
         """Delete all keyframes, of every session."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,7 +34,9 @@ AGREEMENT_WINDOW = 5
 CLOCK_TOLERANCE_NS = 1_000_000_000
 """Images may come this much out of order; a stamp further back means that the clock was set."""
 FASTEST_M_PER_S = 60.0
-"""Odometry that moves faster has been set anew: what it said before cannot be compared."""
+"""Odometry that moves faster has been set anew ..."""
+FAR_M = 1e9
+"""... which counts as a way so long that odometry rules nothing out across it."""
 PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 
@@ -58,8 +60,14 @@ class Candidate:
     known, with one homography."""
     confidence: float = math.nan
     """P(same place), 0…1; NaN where the pair was not matched or the model is not calibrated."""
+    has_camera: bool | None = None
+    """Whether both cameras are known; None where the geometry was not checked."""
     agreeing: int = 0
     """Keyframes in a row, this one included, that point to this stretch of the map."""
+    apart_m: float = math.nan
+    """How far from here odometry has the keyframe; NaN where it does not know."""
+    travelled_m: float = math.nan
+    """... and how far the robot has driven since."""
     status: Status = Status.NOT_BEST
 
     @property
@@ -199,15 +207,30 @@ class LoopDetector:
 
         self._drive(stamp_ns, pose)
         decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
-        passed = self._allowed_by_odometry(self._verify(description, camera, decision), pose)
+        self._compare_ways(decision.candidates, pose)
+        passed = self._verify(description, camera, decision)
         decision.closure = self._accept(passed, stamp_ns)
 
         self._store(decision, image, description, pose, camera)
         decision.is_keyframe = True
         self._passed_before = passed
+        self.remember(stamp_ns, pose, description)
+        return decision
+
+    def remember(self, stamp_ns: int, pose: Pose | None, description: Description) -> None:
+        """Take this as the last keyframe: what the next one is compared with."""
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
-        return decision
+
+    @property
+    def way(self) -> float:
+        """Metres driven until the last keyframe, by odometry."""
+        return self._travelled_m
+
+    def go_on(self, ways: Mapping[int, float]) -> None:
+        """Take up a drive that was interrupted: ``way`` when each keyframe (by id) was stored."""
+        self._travelled_at = dict(ways)
+        self._travelled_m = max(ways.values(), default=0.0)
 
     def query(
         self, image: Image, stamp_ns: int = 0, top_k: int = 0, camera: Camera | None = None
@@ -283,12 +306,9 @@ class LoopDetector:
         self, description: Description, camera: Camera | None, decision: Decision
     ) -> list[Candidate]:
         """Give each candidate that fails a check its status; return those that pass all."""
-        similar = []
         for candidate in decision.candidates:
-            if candidate.similarity < self.similarity_threshold:
-                candidate.status = Status.LOW_SIMILARITY
-            else:
-                similar.append(candidate)
+            candidate.status = self.judge(candidate)
+        similar = [one for one in decision.candidates if one.status is Status.NOT_BEST]
         if not similar:
             return []
         with _timed(decision, "match"):
@@ -306,13 +326,12 @@ class LoopDetector:
     ) -> Status:
         """The first check that a matched candidate fails, or NOT_BEST while it may still win."""
         assert candidate.matches is not None
-        if candidate.match_score < self.match_threshold:
-            return Status.LOW_SCORE
-        if len(candidate.matches) < self.config.min_matches:
-            return Status.FEW_MATCHES
+        if (status := self.judge(candidate)) is not Status.NOT_BEST:
+            return status
         query_centres = description.centres[candidate.matches.query]
         candidate_centres = candidate.keyframe.centres[candidate.matches.candidate]
         known_camera = candidate.keyframe.camera
+        candidate.has_camera = camera is not None and known_camera is not None
         if camera is not None and known_camera is not None:
             tolerance = self.config.epipolar_tolerance_px * camera.radians_per_pixel(
                 self.model.bundle.image_size[0]
@@ -321,18 +340,39 @@ class LoopDetector:
                 camera.rays(query_centres), known_camera.rays(candidate_centres), tolerance
             )
             candidate.agreement = candidate.num_inliers
-            if candidate.num_inliers < self.min_inliers:
-                return Status.GEOMETRY
         else:
             pixels = np.array(self.model.bundle.image_size)
             candidate.agreement = count_planar(
                 query_centres * pixels, candidate_centres * pixels, PLANAR_TOLERANCE_PX
             )
         if (calibration := self.model.bundle.calibration) is not None:
-            curve = calibration.curve(camera is not None and known_camera is not None)
+            curve = calibration.curve(candidate.has_camera)
             candidate.confidence = curve.confidence(features_of(candidate))
+        return self.judge(candidate)
+
+    def judge(self, candidate: Candidate) -> Status:
+        """The first check that fails by what is known of a candidate so far, else NOT_BEST.
+
+        What was not measured yet (NaN, None) fails no check.
+        """
+        if candidate.similarity < self.similarity_threshold:
+            return Status.LOW_SIMILARITY
+        if math.isnan(candidate.match_score):
+            return Status.NOT_BEST
+        if candidate.match_score < self.match_threshold:
+            return Status.LOW_SCORE
+        if candidate.num_matches < self.config.min_matches:
+            return Status.FEW_MATCHES
+        if candidate.has_camera and candidate.num_inliers < self.min_inliers:
+            return Status.GEOMETRY
+        calibration = self.model.bundle.calibration
+        if calibration is not None and not math.isnan(candidate.confidence):
+            curve = calibration.curve(bool(candidate.has_camera))
             if candidate.confidence < curve.threshold(self.config.target_precision):
                 return Status.LOW_CONFIDENCE
+        odometry = self.config.odometry
+        if candidate.apart_m > odometry.place_radius_m + odometry.max_drift * candidate.travelled_m:
+            return Status.ODOMETRY
         return Status.NOT_BEST
 
     def _notice_jump(self, stamp_ns: int, decision: Decision) -> None:
@@ -369,23 +409,29 @@ class LoopDetector:
             return
         metres = math.dist(pose.position, self._last_pose.position)
         if metres > FASTEST_M_PER_S * max(1.0, abs(stamp_ns - self._last_stamp_ns) / 1e9):
-            self._travelled_at.clear()
+            metres = FAR_M
         self._travelled_m += metres
 
-    def _allowed_by_odometry(self, passed: list[Candidate], pose: Pose | None) -> list[Candidate]:
-        """Turn down candidates that odometry, with the drift it may have, rules out."""
-        allowed = []
-        for candidate in passed:
+    def _compare_ways(self, candidates: Sequence[Candidate], pose: Pose | None) -> None:
+        """How far each candidate is from here by odometry, and by which way the robot came."""
+        for candidate in candidates:
             then = self._travelled_at.get(candidate.keyframe.id)
             known = candidate.keyframe.pose
             if pose is not None and known is not None and then is not None:
-                apart = math.dist(pose.position, known.position)
-                drift = self.config.odometry.max_drift * (self._travelled_m - then)
-                if apart > self.config.odometry.place_radius_m + drift:
-                    candidate.status = Status.ODOMETRY
-                    continue
-            allowed.append(candidate)
-        return allowed
+                candidate.apart_m = math.dist(pose.position, known.position)
+                candidate.travelled_m = self._travelled_m - then
+
+    def decide(self, candidates: Sequence[Candidate], stamp_ns: int) -> Candidate | None:
+        """Judge the next keyframe's candidates, all measured before, as ``process`` does.
+
+        For trying thresholds on recorded scores: nothing is described, matched or stored.
+        """
+        for candidate in candidates:
+            candidate.status = self.judge(candidate)
+        passed = [one for one in candidates if one.status is Status.NOT_BEST]
+        closure = self._accept(passed, stamp_ns)
+        self._passed_before = passed
+        return closure
 
     def _accept(self, passed: list[Candidate], stamp_ns: int) -> Candidate | None:
         """The best candidate to which enough keyframes in a row have pointed, if it is news."""

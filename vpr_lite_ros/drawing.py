@@ -31,7 +31,7 @@ def draw_trajectory(
     title
         Stands above the picture.
     """
-    across, up = _ground_axes(xyz)
+    across, up = ground_axes(xyz)
     figure, axes = _figure()
     axes.plot(xyz[:, across], xyz[:, up], color=PATH_COLOUR, linewidth=1.2, label="path")
     known = np.flatnonzero(np.isfinite(xyz).all(axis=1))
@@ -74,7 +74,7 @@ def draw_map(
     title
         Stands above the picture.
     """
-    across, up = _ground_axes(corrected)
+    across, up = ground_axes(corrected)
     figure, axes = _figure()
     ways = (
         (truth, "black", "truth", 3.0, 0.25),
@@ -123,7 +123,7 @@ def _finish(path: Path, figure: Any, axes: Any, shown: tuple[int, int], title: s
     figure.savefig(path, dpi=120)
 
 
-def _ground_axes(xyz: NDArray[np.float64]) -> tuple[int, int]:
+def ground_axes(xyz: NDArray[np.float64]) -> tuple[int, int]:
     """The two axes along which the path extends most: x y, or x z in a camera's frame."""
     if not np.isfinite(xyz).all(axis=1).any():
         return 0, 1

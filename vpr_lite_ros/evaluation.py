@@ -8,6 +8,7 @@ without closures, a recall with nothing to find) is NaN, never 0 or 1.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ class GroundTruth(Protocol):
     def same_place(self, query: int, matches: Integers) -> Booleans:
         """(M,) which of ``matches`` show the place of ``query``; False where not known."""
 
+    def partners(self, query: int) -> Integers:
+        """All frames that show the place of ``query``, and perhaps some near it; rising."""
+
 
 class RadiusTruth:
     """Two frames show the same place if they were taken at most ``radius_m`` apart.
@@ -48,6 +52,14 @@ class RadiusTruth:
     def __init__(self, xyz: Floats, radius_m: float) -> None:
         self.xyz, self.radius_m = np.asarray(xyz, np.float64), radius_m
         self.definition = f"taken within {radius_m:g} m"
+        # Frames by cube of side ``radius_m``: what is near lies in the 27 cubes around.
+        self._cubes: dict[tuple[int, ...], list[int]] = {}
+        known = np.flatnonzero(np.isfinite(self.xyz).all(axis=1))
+        for frame, cube in zip(known.tolist(), self._cube(known).tolist(), strict=True):
+            self._cubes.setdefault(tuple(cube), []).append(frame)
+
+    def _cube(self, frames: Integers) -> Integers:
+        return np.floor(self.xyz[frames] / self.radius_m).astype(np.int64)
 
     def known(self, frames: Integers) -> Booleans:
         return np.isfinite(self.xyz[frames]).all(axis=1)
@@ -56,6 +68,14 @@ class RadiusTruth:
         # Comparisons with NaN are False.
         distances = np.linalg.norm(self.xyz[matches] - self.xyz[query], axis=1)
         return np.asarray(distances <= self.radius_m)
+
+    def partners(self, query: int) -> Integers:
+        if not np.isfinite(self.xyz[query]).all():
+            return np.zeros(0, np.int64)
+        at = self._cube(np.array([query]))[0].tolist()
+        around = itertools.product(*(range(one - 1, one + 2) for one in at))
+        found = [frame for cube in around for frame in self._cubes.get(cube, ())]
+        return np.array(sorted(found), np.int64)
 
 
 class PairTruth:
@@ -85,6 +105,9 @@ class PairTruth:
         partners = self._partners.get(query, set())
         return np.array([match in partners for match in matches.tolist()], np.bool_)
 
+    def partners(self, query: int) -> Integers:
+        return np.array(sorted(self._partners.get(query, ())), np.int64)
+
 
 def findable(
     truth: GroundTruth, queries: Sequence[int], stamps_ns: Integers, min_gap_ns: int
@@ -108,10 +131,14 @@ def findable(
     order = np.asarray(queries, np.int64)
     stamps = np.asarray(stamps_ns, np.int64)
     found = np.zeros(len(order), np.bool_)
+    stored: set[int] = set()
     for position, query in enumerate(order.tolist()):
-        earlier = order[:position]
+        # Only what can be near: of 100,000 frames all earlier ones are too many.
+        near = [frame for frame in truth.partners(query).tolist() if frame in stored]
+        earlier = np.array(near, np.int64)
         eligible = earlier[np.abs(stamps[earlier] - stamps[query]) >= min_gap_ns]
         found[position] = bool(truth.same_place(query, eligible).any())
+        stored.add(query)
     return found
 
 
@@ -255,6 +282,32 @@ def precision_recall(
     true = np.cumsum(correct)[last].astype(np.float64)
     recall = true / positives if positives else np.full(len(last), math.nan)
     return PrecisionRecall(scores[last], true / (last + 1), recall, positives)
+
+
+def roc_auc(scores: Floats, true: Booleans) -> float:
+    """P(a true pair scores higher than a false one), equal scores counted half.
+
+    Parameters
+    ----------
+    scores
+        (M,) no NaN.
+    true
+        (M,) which pairs are true.
+
+    Returns
+    -------
+    float
+        0.5 says that the score tells nothing; NaN where all are true or none is.
+    """
+    scores, true = np.asarray(scores, np.float64), np.asarray(true, np.bool_)
+    _, group, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    # The mean rank of each group of equal scores, from 1.
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]
+    positives, negatives = int(true.sum()), int((~true).sum())
+    if not positives or not negatives:
+        return math.nan
+    above = float(ranks[true].sum()) - positives * (positives + 1) / 2
+    return above / (positives * negatives)
 
 
 def recall_at(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +20,16 @@ import numpy as np
 
 from vpr_lite_ros.benchmarks import Benchmark, read_frames
 from vpr_lite_ros.calibration import expected_calibration_error
-from vpr_lite_ros.config import Config
+from vpr_lite_ros.config import Config, OdometryConfig
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
 from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, LoopDetector, sureness
-from vpr_lite_ros.evaluation import Booleans, GroundTruth, precision_recall, recall_at
+from vpr_lite_ros.evaluation import (
+    Booleans,
+    GroundTruth,
+    PrecisionRecall,
+    precision_recall,
+    recall_at,
+)
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.progress import progress
@@ -36,6 +42,7 @@ OPEN: dict[str, Any] = {
     "min_matches": 0,
     "min_inliers": 0,
     "target_precision": 0.0,
+    "odometry": OdometryConfig(max_drift=1000.0, place_radius_m=1e6),
 }
 """Parameters with which every candidate passes every check, so that its scores are known."""
 
@@ -157,21 +164,26 @@ def measure(answers: Sequence[Answer], truth: GroundTruth, could: Booleans) -> d
         truth.same_place(answer.frame, np.array(answer.matches, np.int64)) for answer in answers
     ]
     recall = recall_at([rank for rank, can in zip(ranks, could, strict=True) if can], RECALL_KS)
-    first = [
-        (answer.score, bool(rank[0]))
-        for answer, rank in zip(answers, ranks, strict=True)
-        if len(rank)
-    ]
-    curve = precision_recall(
-        np.array([score for score, _ in first]),
-        np.array([true for _, true in first], np.bool_),
-        int(could.sum()),
-    )
+    curve = answer_curve(answers, truth, could)
     return {
         **{f"recall_at_{k}": value for k, value in recall.items()},
         "auc": curve.auc,
         "recall_at_100_precision": curve.recall_at_100_precision,
     }
+
+
+def answer_curve(answers: Sequence[Answer], truth: GroundTruth, could: Booleans) -> PrecisionRecall:
+    """Precision and recall of first matches, as ``measure`` understands its arguments."""
+    first = [
+        (answer.score, bool(truth.same_place(answer.frame, np.array(answer.matches[:1]))[0]))
+        for answer in answers
+        if answer.matches
+    ]
+    return precision_recall(
+        np.array([score for score, _ in first]),
+        np.array([true for _, true in first], np.bool_),
+        int(could.sum()),
+    )
 
 
 def look_up(
@@ -217,7 +229,7 @@ def look_up(
                 number_of[keyframe_id] = number
 
 
-def agreed(found: Sequence[Found], min_agreeing: int) -> list[Answer]:
+def agreed(found: Iterable[Found], min_agreeing: int) -> list[Answer]:
     """What the detector would answer, and how strict it may be and still do so.
 
     A closure needs ``min_agreeing`` keyframes in a row that point to one stretch of the map, so

@@ -58,10 +58,45 @@ def make_parser(commands: Iterable[Callable[[argparse.Namespace], int]]) -> argp
 
 
 def _add_replay_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="rosbag2, ROS 1 bag, folder of images or video")
     parser.add_argument(
         "--output", type=Path, help="folder for results; empty: build/replay/<name of source>"
     )
+    _add_recording_options(parser)
+    _add_all_parameters(parser)
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, help="folder for results; empty: build/report/<name of source>"
+    )
+    parser.add_argument(
+        "--target-precision", type=_share, default=0.99, metavar="P",
+        help="recommend parameters with which this share of closures is true",
+    )  # fmt: skip
+    _add_recording_options(parser)
+    _add_all_parameters(parser)
+
+
+def _add_tune_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="parameter file to write"
+    )
+    parser.add_argument(
+        "--target-precision", type=_share, default=0.99, metavar="P",
+        help="share of closures that are to be true",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER",
+        help="where scores are kept, those of vpr-lite report, too; empty: "
+        "build/report/<name of source>",
+    )  # fmt: skip
+    _add_recording_options(parser)
+    _add_all_parameters(parser)
+
+
+def _add_recording_options(parser: argparse.ArgumentParser) -> None:
+    """What to read of a recording, and what is true of it."""
+    parser.add_argument("source", type=Path, help="rosbag2, ROS 1 bag, folder of images or video")
     parser.add_argument("--image-topic", metavar="TOPIC", help="where a bag has several")
     parser.add_argument(
         "--odom-topic",
@@ -80,7 +115,10 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
     )
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument(
-        "--poses", type=Path, metavar="FILE", help="true poses: CSV, TUM trajectory or bag"
+        "--poses",
+        type=Path,
+        metavar="FILE",
+        help="true poses: CSV, TUM, KITTI or EuRoC trajectory, or bag",
     )
     truth.add_argument(
         "--pairs", type=Path, metavar="FILE", help="true loops: CSV with columns query,match"
@@ -90,7 +128,6 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         "--radius", type=_positive, default=5.0, metavar="M",
         help="with --poses: a closure is true if its images were taken within this many metres",
     )  # fmt: skip
-    _add_all_parameters(parser)
 
 
 def _add_pose_graph_options(parser: argparse.ArgumentParser) -> None:
@@ -320,6 +357,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: above 0, at most 1")
+    return value
+
+
 def _whole(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -353,6 +397,8 @@ def _version() -> str:
 _OPTIONS_OF: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "replay": _add_replay_options,
     "pose_graph": _add_pose_graph_options,
+    "report": _add_report_options,
+    "tune": _add_tune_options,
     "demo": _add_demo_options,
     "evaluate": _add_evaluate_options,
     "calibrate": _add_calibrate_options,

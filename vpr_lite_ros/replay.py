@@ -201,7 +201,7 @@ def replay(
     with _Files(output) as files, logging_redirect_tqdm():
         try:
             frames = progress(source, len(source), "frame", "replaying")
-            for number, frame in _numbered(source, frames):
+            for number, frame in numbered(source, frames):
                 pose = odometry.at(frame.stamp_ns) if odometry else None
                 decision = detector.process(frame.image, frame.stamp_ns, pose, camera)
                 if decision.fault:
@@ -216,7 +216,7 @@ def replay(
     return run
 
 
-def _numbered(source: Source, frames: Any) -> Iterator[tuple[int, Any]]:
+def numbered(source: Source, frames: Any) -> Iterator[tuple[int, Any]]:
     """Frames with their number in the recording, in which unreadable ones count too."""
     before = sum(source.skipped.values())
     for count, frame in enumerate(frames):

@@ -292,6 +292,7 @@ class KeyframeFile:
     def heads(self) -> Iterator[Head]:
         """What a search needs of each keyframe, ids ascending."""
         with self._explaining("cannot be read"):
+            self._last_id = 0
             expected = dict(self._sql.execute("SELECT id, head FROM checksums"))
             query = f"SELECT {_HEAD} FROM keyframes INDEXED BY heads ORDER BY id"
             for row in self._sql.execute(query):

@@ -71,6 +71,10 @@ class Bag:
         """Return the number of messages on a topic."""
         return sum(connection.msgcount for connection in self._connections(topic))
 
+    def type_of(self, topic: str) -> str:
+        """Return the type of a topic's messages."""
+        return next(c.msgtype for c in self._reader.connections if c.topic == topic)
+
     def choose_topic(self, types: Sequence[str], wanted: str | None, what: str, option: str) -> str:
         """Find the topic to read.
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vpr_lite_ros.bags.errors import SourceError
 from vpr_lite_ros.bags.pixels import UnusableImage, decode_file, decode_message
 from vpr_lite_ros.bags.rosbag import Bag, is_bag
-from vpr_lite_ros.bags.tables import frame_key, read_stamps
+from vpr_lite_ros.bags.tables import frame_key, read_stamps, seconds_to_ns
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ def open_source(
     rate_hz
         Frames per second of a folder whose images have no stamps. Stamps come from a
         `poses.csv` in the folder or beside it, if it has the columns `stamp_s` and `frame`
-        or `file`. Videos keep their own rate.
+        or `file`, or from the files' names, if all are stamps: EuRoC's nanoseconds, TUM's
+        seconds. Videos keep their own rate.
 
     Raises
     ------
@@ -235,6 +236,8 @@ class FolderSource(Source):
                     )
                 self._stamps = stamps
                 break
+        if self._stamps is None:
+            self._stamps = _stamps_in_names(files)
         self._period_ns = 1e9 / rate_hz
 
     @property
@@ -318,6 +321,19 @@ class VideoSource(Source):
 def _image_files(folder: Path) -> list[Path]:
     files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     return sorted((file for file in files if file.is_file()), key=lambda f: _natural(f.name))
+
+
+def _stamps_in_names(files: list[Path]) -> dict[str, int] | None:
+    """Stamps by `frame_key`, if every file is named by one: 1403636579763555584, 1305031102.17."""
+    stamps: dict[str, int] = {}
+    for file in files:
+        if re.fullmatch(r"\d{18,19}", file.stem):
+            stamps[frame_key(file.name)] = int(file.stem)
+        elif re.fullmatch(r"\d{9,10}\.\d{2,9}", file.stem):
+            stamps[frame_key(file.name)] = seconds_to_ns(file.stem, file.name)
+        else:
+            return None
+    return stamps
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
