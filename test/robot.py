@@ -67,6 +67,7 @@ class Robot:
         reliability: ReliabilityPolicy = ReliabilityPolicy.RELIABLE,
         log: Path | None = None,
         wait: bool = True,
+        remap: dict[str, str] | None = None,
         **parameters: object,
     ) -> None:
         self.namespace, self.log = namespace, log
@@ -88,7 +89,7 @@ class Robot:
         self._listen(DiagnosticArray, "/diagnostics", 10)
         settings: dict[str, object] = {**PERMISSIVE, "bundle": str(bundle), **parameters}
         settings["image_transport"] = "compressed" if compressed else "raw"
-        self.process = start_node(namespace, settings, log)
+        self.process = start_node(namespace, settings, log, remap or {})
         if wait:
             self.wait_until_listening()
 
@@ -169,10 +170,15 @@ class Robot:
 
 
 def start_node(
-    namespace: str, settings: dict[str, object], log: Path | None = None
+    namespace: str,
+    settings: dict[str, object],
+    log: Path | None = None,
+    remap: dict[str, str] = {},  # noqa: B006
 ) -> subprocess.Popen[bytes]:
     arguments = [sys.executable, "-m", "vpr_lite_ros.node"]
     arguments += ["--ros-args", "-r", f"__ns:={namespace}"]
+    for name, topic in remap.items():
+        arguments += ["-r", f"{name}:={topic}"]
     for name, value in settings.items():
         arguments += ["-p", f"{name}:={value if value != '' else chr(39) * 2}"]
     output = log.open("wb") if log else None

@@ -452,13 +452,24 @@ def test_a_bad_image_is_refused_and_the_next_one_is_not(
     assert decision.closure is not None, "the streak goes on as if nothing had come"
 
 
-def test_a_closed_database_is_an_error_with_a_name(
+def test_a_keyframe_that_cannot_be_stored_costs_no_closure(
     make_detector: MakeDetector, make_picture: MakePicture
 ) -> None:
     detector = make_detector()
-    detector.database.close()
-    with pytest.raises(DatabaseError, match=r"keyframes\.db"):
-        detector.process(make_picture(0), 0)
+    detector.process(make_picture(0), 0)
+    detector.process(make_picture(1), SECOND)
+    add = detector.database.add
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> int:
+            raise DatabaseError(f"database {detector.database.path}: the disk is full")
+
+        patch.setattr(detector.database, "add", fail)
+        decision = detector.process(make_picture(0), 60 * SECOND)
+    assert decision.closure is not None and decision.is_keyframe
+    assert decision.keyframe_id is None and "keyframes.db: the disk is full" in decision.fault
+    assert detector.database.add == add
+    assert detector.process(make_picture(2), 70 * SECOND).keyframe_id == 3
 
 
 def test_odd_sizes_are_no_trouble(make_detector: MakeDetector) -> None:

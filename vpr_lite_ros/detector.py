@@ -94,8 +94,8 @@ class Decision:
     """Name of the session that began with this image, where the clock had gone back."""
     fault: str = ""
     """Why the keyframe could not be stored, where it could not."""
-    centres: NDArray[np.float32] | None = None
-    """(N, 2) the query's patch centres, to draw matches with."""
+    description: Description | None = None
+    """What the network says of the image, if it was asked."""
     is_keyframe: bool = False
     """Whether the image was looked up. In mode localization no keyframe is stored."""
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -271,7 +271,7 @@ class LoopDetector:
             fitted = fit(image, self.model.bundle.image_size)
         with _timed(decision, "place"):
             description = self.model.describe(fitted)
-        decision.centres = description.centres
+        decision.description = description
         return description
 
     def _shows_something_new(self, description: Description) -> bool:

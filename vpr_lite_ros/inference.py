@@ -7,6 +7,7 @@ checks it and opens both graphs on a backend; ``PlaceModel`` gives the two quest
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -305,17 +306,25 @@ class OpenVinoRunner:
     backend = "openvino"
 
     def __init__(self, graph: Path, threads: int) -> None:
-        openvino = _import("openvino")
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        self._model = openvino.Core().compile_model(graph, "CPU", settings)
+        self._model = _openvino_core().compile_model(graph, "CPU", settings)
         self._request = self._model.create_infer_request()
 
     def infer(self, inputs: Arrays) -> Arrays:
         results = self._request.infer(inputs, share_inputs=True, share_outputs=False)
         # A tensor that two nodes pass on has two names.
         return {name: array for output, array in results.items() for name in output.names}
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO, for as long as the process lives.
+
+    With its last model it would unload its plugins, and the process would crash at its end.
+    """
+    return _import("openvino").Core()
 
 
 class OnnxRuntimeRunner:

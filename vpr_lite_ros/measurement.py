@@ -20,7 +20,7 @@ import numpy as np
 
 from vpr_lite_ros.benchmarks import Benchmark, read_frames
 from vpr_lite_ros.calibration import expected_calibration_error
-from vpr_lite_ros.config import Config, OdometryConfig
+from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
 from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, LoopDetector, sureness
 from vpr_lite_ros.evaluation import (
@@ -42,7 +42,6 @@ OPEN: dict[str, Any] = {
     "min_matches": 0,
     "min_inliers": 0,
     "target_precision": 0.0,
-    "odometry": OdometryConfig(max_drift=1000.0, place_radius_m=1e6),
 }
 """Parameters with which every candidate passes every check, so that its scores are known."""
 

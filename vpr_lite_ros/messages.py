@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,13 +13,15 @@ from geometry_msgs.msg import Point, PoseWithCovariance, Quaternion
 from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from sensor_msgs.msg import CameraInfo
-from std_msgs.msg import ColorRGBA
+from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from vpr_lite_ros import relative_pose
 from vpr_lite_ros.database import Pose
 from vpr_lite_ros.detector import Candidate, Decision
+from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera, Status
+from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.relative_pose import ROTATION_SIGMA, RelativePose, relative_pose_of
 
@@ -105,6 +108,7 @@ def _of_candidate(
         query_session=common.query_session,
         match_session=candidate.keyframe.session,
         robot_id=common.robot_id,
+        match_robot_id=candidate.keyframe.robot_id,
         similarity=candidate.similarity,
         match_score=candidate.match_score,
         confidence=candidate.confidence,
@@ -145,6 +149,64 @@ def _pose_of(known: RelativePose) -> PoseWithCovariance:
 def rotation_matrix(turn: Quaternion) -> NDArray[np.float64]:
     """Rotation matrix (3, 3) of a unit quaternion."""
     return relative_pose.rotation_matrix(turn.x, turn.y, turn.z, turn.w)
+
+
+def to_keyframe(
+    header: Header,
+    *,
+    robot_id: int,
+    session: str,
+    model_id: str,
+    description: Description,
+    camera: Camera | None,
+    thumbnail: bytes,
+) -> KeyframeMessage:
+    """What another robot needs to recognise the place of an image with this header."""
+    message = KeyframeMessage(
+        header=header,
+        robot_id=robot_id,
+        session=session,
+        model_id=model_id,
+        descriptor=array("f", description.descriptor.astype(np.float32).tobytes()),
+        tokens=array("B", description.tokens.astype("<f2").tobytes()),
+        centres=array("f", description.centres.astype(np.float32).tobytes()),
+        thumbnail=array("B", thumbnail),
+    )
+    if camera is not None:
+        message.camera_info = CameraInfo(
+            width=camera.width,
+            height=camera.height,
+            k=camera.matrix,
+            d=camera.distortion,
+            distortion_model=camera.model,
+        )
+    return message
+
+
+def from_keyframe(
+    message: KeyframeMessage, *, model_id: str, dimension: int, max_patches: int
+) -> tuple[Description, Camera | None]:
+    """Another robot's keyframe; ``ValueError`` if this robot's model cannot compare it."""
+    who = f"a keyframe of robot {message.robot_id}"
+    if message.model_id != model_id:
+        raise ValueError(
+            f"{who} was described by model {message.model_id}, this robot runs {model_id}: give "
+            "both the same bundle"
+        )
+    tokens = np.frombuffer(bytes(message.tokens), "<f2").astype(np.float16)
+    descriptor = np.array(message.descriptor, np.float32)
+    centres = np.array(message.centres, np.float32)
+    sizes = len(descriptor), len(tokens), len(centres)
+    if sizes != (dimension, max_patches * dimension, 2 * max_patches):
+        raise ValueError(f"{who} has {sizes} numbers, not those of model {model_id}")
+    finite = all(np.isfinite(numbers).all() for numbers in (descriptor, tokens, centres))
+    if not finite or abs(float(np.linalg.norm(descriptor)) - 1) > 0.01:
+        raise ValueError(f"{who} has a descriptor that is no unit vector, or is not finite")
+    camera = to_camera(message.camera_info) if any(message.camera_info.k) else None
+    return (
+        Description(descriptor, tokens.reshape(max_patches, dimension), centres.reshape(-1, 2)),
+        camera,
+    )
 
 
 def to_markers(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticArray
 from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
@@ -30,6 +30,7 @@ from rclpy.parameter import Parameter as RosParameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image as ImageMessage
+from std_msgs.msg import Header
 from std_srvs.srv import SetBool, Trigger
 from visualization_msgs.msg import MarkerArray
 
@@ -37,6 +38,7 @@ from vpr_lite_ros import messages, node_parameters
 from vpr_lite_ros.config import ConfigError
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, open_database
 from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.health import Severity
 from vpr_lite_ros.image import Image, ImageError, decode_message, draw_matches
 from vpr_lite_ros.inference import (
     DEFAULT_BUNDLE,
@@ -46,6 +48,7 @@ from vpr_lite_ros.inference import (
     open_model,
 )
 from vpr_lite_ros.matching import Status
+from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.node_inputs import AnyImage, Inputs
 from vpr_lite_ros.srv import GetLoopClosures, QueryImage
@@ -217,11 +220,16 @@ class LoopClosureNode(LifecycleNode):
         self._decision_topic = self.create_publisher(LoopClosure, "~/decisions", latched)
         self._match_image_topic = self.create_publisher(ImageMessage, "~/match_image", 10)
         self._marker_topic = self.create_publisher(MarkerArray, "~/markers", 1)
+        self._keyframe_topic = self.create_publisher(KeyframeMessage, "keyframes", 10)
         self._while_configured += [
             self._closure_topic,
             self._decision_topic,
             self._match_image_topic,
             self._marker_topic,
+            self._keyframe_topic,
+            self.create_subscription(
+                KeyframeMessage, "other_keyframes", self._on_other_keyframe, 10
+            ),
             self.create_service(Trigger, "~/save", self._save),
             self.create_service(Trigger, "~/reset", self._reset),
             self.create_service(SetBool, "~/pause", self._pause),
@@ -286,6 +294,7 @@ class LoopClosureNode(LifecycleNode):
         if not detector.is_due(stamp_ns, pose):
             return
         image = decode_message(message)
+        inputs.look_at(image)
         decoded = time.perf_counter()
         with self._detector_lock:
             decision = detector.process(image, stamp_ns, pose, inputs.camera)
@@ -302,7 +311,7 @@ class LoopClosureNode(LifecycleNode):
         self._tally.took(
             {"decode": (decoded - began) * 1e3, **decision.timings_ms, "latency": latency_ms}
         )
-        self._publish(decision, message.header.frame_id, latency_ms, image)
+        self._publish(decision, message.header, latency_ms, image)
 
     def _to_messages(
         self, decision: Decision, camera_frame: str, latency_ms: float
@@ -317,13 +326,13 @@ class LoopClosureNode(LifecycleNode):
             optical_in_body=self._camera_rotation(camera_frame),
         )
 
-    def _publish(
-        self, decision: Decision, camera_frame: str, latency_ms: float, image: Image
-    ) -> None:
-        outgoing = self._to_messages(decision, camera_frame, latency_ms)
+    def _publish(self, decision: Decision, header: Header, latency_ms: float, image: Image) -> None:
+        outgoing = self._to_messages(decision, header.frame_id, latency_ms)
         for message in outgoing:
             self._tally.count(f"decisions: {Status(message.status).name}")
             self._decision_topic.publish(message)
+        if self._keyframe_topic.get_subscription_count():
+            self._share(decision, header)
         closure = decision.closure
         if closure is not None:
             self._closures.append(outgoing[0])
@@ -339,16 +348,69 @@ class LoopClosureNode(LifecycleNode):
                 messages.to_markers(frame, poses, session, list(self._closures))
             )
 
+    def _share(self, decision: Decision, header: Header) -> None:
+        """Let other robots recognise this place."""
+        if decision.keyframe_id is None or decision.description is None:
+            return
+        database = self.opened.database
+        with self._detector_lock:
+            thumbnail = database.thumbnail(decision.keyframe_id)
+        self._keyframe_topic.publish(
+            messages.to_keyframe(
+                header,
+                robot_id=self.config.robot_id,
+                session=database.session,
+                model_id=self.opened.model.bundle.model_id,
+                description=decision.description,
+                camera=self._inputs.camera if self._inputs else None,
+                thumbnail=thumbnail,
+            )
+        )
+
+    def _on_other_keyframe(self, message: KeyframeMessage) -> None:
+        """Store another robot's keyframe (executor's thread)."""
+        opened = self.opened
+        if message.robot_id == self.config.robot_id:
+            if message.session != opened.database.session:
+                self._say_once(
+                    "robot_id",
+                    f"keyframes of another robot come with this one's robot_id {message.robot_id} "
+                    "and are not used: give each robot a robot_id of its own",
+                )
+            return  # one topic for all robots brings one's own back
+        bundle = opened.model.bundle
+        try:
+            description, camera = messages.from_keyframe(
+                message,
+                model_id=bundle.model_id,
+                dimension=bundle.dimension,
+                max_patches=bundle.max_patches,
+            )
+            with self._detector_lock:
+                opened.database.add(
+                    messages.stamp_ns(message.header.stamp),
+                    description,
+                    camera=camera,
+                    thumbnail=bytes(message.thumbnail),
+                    robot_id=message.robot_id,
+                    session=message.session,
+                )
+            self._tally.count("other robots' keyframes")
+        except (ValueError, DatabaseError) as error:
+            self._tally.count("dropped: other robots' keyframes")
+            self._tally.failed(str(error))
+            self._say_once("other keyframe", f"a keyframe of another robot is not used: {error}")
+
     def _publish_match_image(self, decision: Decision, image: Image) -> None:
         closure = decision.closure
         assert closure is not None and closure.matches is not None
-        assert decision.centres is not None
+        assert decision.description is not None
         with self._detector_lock:
             keyframe = self.opened.database.thumbnail(closure.keyframe.id)
         picture = draw_matches(
             image,
             keyframe,
-            decision.centres[closure.matches.query],
+            decision.description.centres[closure.matches.query],
             closure.keyframe.centres[closure.matches.candidate],
             closure.fit.inliers if closure.fit else None,
         )
@@ -474,7 +536,7 @@ class LoopClosureNode(LifecycleNode):
 
     def _publish_diagnostics(self) -> None:
         values: dict[str, object] = {"state": "not configured", **self._tally.values()}
-        level, text = DiagnosticStatus.OK, "not configured"
+        level, text = Severity.OK, "not configured"
         if self._opened is not None:
             values |= self._describe_opened(self._opened)
             text = "running" if self._worker is not None else "not active"
@@ -482,12 +544,16 @@ class LoopClosureNode(LifecycleNode):
         if self._worker is not None and self._paused:
             text = "paused"
         elif trouble := self._trouble():
-            level, text = DiagnosticStatus.WARN, trouble
+            level, text = Severity.WARNING, trouble
+        findings = self._inputs.findings() if self._inputs is not None else []
+        values |= {f"images: {one.name}": f"{one.seen}. {one.remedy}" for one in findings}
+        if findings and findings[0].severity > level:
+            level, text = findings[0].severity, f"{findings[0].seen}. {findings[0].remedy}"
         self._diagnostics_topic.publish(
             messages.to_diagnostics(
                 self.get_clock().now().to_msg(),
                 self.get_fully_qualified_name().lstrip("/"),
-                int.from_bytes(level, "little"),
+                int(level),
                 text,
                 values,
             )

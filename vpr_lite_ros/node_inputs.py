@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ from sensor_msgs.msg import Image as ImageMessage
 from vpr_lite_ros import messages
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Pose
+from vpr_lite_ros.health import Finding, StreamHealth
+from vpr_lite_ros.image import Image
 from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.tally import Tally
 
@@ -70,6 +73,7 @@ class Inputs:
         self.odometry_frame = "odom"
         self._poses: deque[tuple[int, Pose]] = deque(maxlen=1000)
         self._lock = threading.Lock()
+        self._health, self._health_lock = StreamHealth(), threading.Lock()
         self._images: Subscription | None = None
         self._reliability: ReliabilityPolicy | None = None
         self._publishers_trouble = ""
@@ -101,6 +105,16 @@ class Inputs:
             return None
         stamp, pose = min(near, key=lambda item: abs(item[0] - stamp_ns))
         return pose if abs(stamp - stamp_ns) <= ODOMETRY_TOLERANCE_NS else None
+
+    def look_at(self, image: Image) -> None:
+        """Judge the picture of an image that came: RGB, (H, W, 3)."""
+        with self._health_lock:
+            self._health.see_image(image)
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with the latest images and stamps, worst first."""
+        with self._health_lock:
+            return self._health.findings()
 
     @property
     def trouble(self) -> str:
@@ -145,6 +159,8 @@ class Inputs:
 
     def _on_image(self, message: AnyImage) -> None:
         self._tally.arrived()
+        with self._health_lock:
+            self._health.see_stamp(messages.stamp_ns(message.header.stamp), time.monotonic_ns())
         self._give(message)
         if self.camera is None and self._tally.images == IMAGES_BEFORE_CAMERA_INFO:
             self._say(
