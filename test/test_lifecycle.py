@@ -315,9 +315,10 @@ def test_a_covered_lens_and_a_clock_that_goes_back_are_said(
     for second in range(101, 111):
         robot.show(make_picture(second, SIZE), second)
     # A bag that loops: the same images with the same stamps, and no closure between them.
+    robot.heard["decisions"].clear()
     for second in range(101, 111):
         decisions = robot.show(make_picture(second, SIZE), second)
-        assert all(one.match_stamp.sec != second for one in decisions[-10:])
+        assert all(abs(one.match_stamp.sec - second) >= 3 for one in decisions if one.match_id)
     assert robot.diagnostics()["session"] == "test-2"
     assert "stamps went back to 101.000 s" in log.read_text()
     for second in range(200, 240):

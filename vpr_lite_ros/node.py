@@ -86,7 +86,7 @@ class LoopClosureNode(LifecycleNode):
         self._detector_lock = threading.Lock()
         self._paused = False
         self._optical_in_body: dict[str, NDArray[np.float64]] = {}
-        self._tally = Tally()
+        self.tally = Tally()
         self._said: set[str] = set()
         self._closures: deque[LoopClosure] = deque(maxlen=CLOSURES_KEPT)
         self._while_configured: list[Any] = []
@@ -116,7 +116,7 @@ class LoopClosureNode(LifecycleNode):
         try:
             self._opened = self._open()
         except (BundleError, BackendError, DatabaseError) as error:
-            self._tally.failed(str(error))
+            self.tally.failed(str(error))
             self.get_logger().fatal(str(error))
             return Transition.FAILURE
         self._make_topics_and_services()
@@ -133,7 +133,7 @@ class LoopClosureNode(LifecycleNode):
         self.opened.detector.forget()
         self._worker = Worker(self._work, "detector")
         self._inputs = Inputs(
-            self, self.config, self._steady, self._tally, self._take, self._say_once
+            self, self.config, self._steady, self.tally, self._take, self._say_once
         )
         return Transition.SUCCESS
 
@@ -144,7 +144,7 @@ class LoopClosureNode(LifecycleNode):
             with self._detector_lock:
                 self.opened.database.save()
         except DatabaseError as error:
-            self._tally.failed(str(error))
+            self.tally.failed(str(error))
             self.get_logger().error(str(error))
         return Transition.SUCCESS
 
@@ -246,9 +246,9 @@ class LoopClosureNode(LifecycleNode):
     def _take(self, message: AnyImage) -> None:
         """An image has come."""
         if self._paused:
-            self._tally.count("dropped: paused")
+            self.tally.count("dropped: paused")
         elif self._worker is not None and self._worker.give(message):
-            self._tally.count("dropped: busy")
+            self.tally.count("dropped: busy")
 
     def _stop_listening(self) -> None:
         if self._inputs is not None:
@@ -308,7 +308,7 @@ class LoopClosureNode(LifecycleNode):
         if not decision.is_keyframe:
             return
         latency_ms = (time.perf_counter() - began) * 1e3
-        self._tally.took(
+        self.tally.took(
             {"decode": (decoded - began) * 1e3, **decision.timings_ms, "latency": latency_ms}
         )
         self._publish(decision, message.header, latency_ms, image)
@@ -329,7 +329,7 @@ class LoopClosureNode(LifecycleNode):
     def _publish(self, decision: Decision, header: Header, latency_ms: float, image: Image) -> None:
         outgoing = self._to_messages(decision, header.frame_id, latency_ms)
         for message in outgoing:
-            self._tally.count(f"decisions: {Status(message.status).name}")
+            self.tally.count(f"decisions: {Status(message.status).name}")
             self._decision_topic.publish(message)
         if self._keyframe_topic.get_subscription_count():
             self._share(decision, header)
@@ -395,10 +395,10 @@ class LoopClosureNode(LifecycleNode):
                     robot_id=message.robot_id,
                     session=message.session,
                 )
-            self._tally.count("other robots' keyframes")
+            self.tally.count("other robots' keyframes")
         except (ValueError, DatabaseError) as error:
-            self._tally.count("dropped: other robots' keyframes")
-            self._tally.failed(str(error))
+            self.tally.count("dropped: other robots' keyframes")
+            self.tally.failed(str(error))
             self._say_once("other keyframe", f"a keyframe of another robot is not used: {error}")
 
     def _publish_match_image(self, decision: Decision, image: Image) -> None:
@@ -525,8 +525,8 @@ class LoopClosureNode(LifecycleNode):
     # -- saying what goes on -------------------------------------------------------------------
 
     def _drop(self, cause: str, text: str) -> None:
-        self._tally.count(f"dropped: {cause}")
-        self._tally.failed(text)
+        self.tally.count(f"dropped: {cause}")
+        self.tally.failed(text)
         self._say_once(cause, f"{text} (said once; further ones are counted in /diagnostics)")
 
     def _say_once(self, cause: str, text: str) -> None:
@@ -535,7 +535,7 @@ class LoopClosureNode(LifecycleNode):
             self.get_logger().warning(text)
 
     def _publish_diagnostics(self) -> None:
-        values: dict[str, object] = {"state": "not configured", **self._tally.values()}
+        values: dict[str, object] = {"state": "not configured", **self.tally.values()}
         level, text = Severity.OK, "not configured"
         if self._opened is not None:
             values |= self._describe_opened(self._opened)
@@ -583,7 +583,7 @@ class LoopClosureNode(LifecycleNode):
             fault = self._opened.model.fault or self._opened.database.fault
             if fault:
                 return fault
-        return self._tally.recent_error
+        return self.tally.recent_error
 
 
 def main(args: list[str] | None = None) -> int:
