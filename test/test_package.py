@@ -142,6 +142,7 @@ def test_loop_closure_has_the_fields_that_back_ends_rely_on() -> None:
         "query_session": "string",
         "match_session": "string",
         "robot_id": "int32",
+        "match_robot_id": "int32",
         "similarity": "float",
         "match_score": "float",
         "confidence": "float",
