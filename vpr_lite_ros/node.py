@@ -541,13 +541,13 @@ class LoopClosureNode(LifecycleNode):
             values |= self._describe_opened(self._opened)
             text = "running" if self._worker is not None else "not active"
             values["state"] = text
+        findings = self._inputs.findings() if self._inputs is not None else []
+        values |= {f"images: {one.name}": f"{one.seen}. {one.remedy}" for one in findings}
         if self._worker is not None and self._paused:
             text = "paused"
         elif trouble := self._trouble():
             level, text = Severity.WARNING, trouble
-        findings = self._inputs.findings() if self._inputs is not None else []
-        values |= {f"images: {one.name}": f"{one.seen}. {one.remedy}" for one in findings}
-        if findings and findings[0].severity > level:
+        elif findings:
             level, text = findings[0].severity, f"{findings[0].seen}. {findings[0].remedy}"
         self._diagnostics_topic.publish(
             messages.to_diagnostics(
