@@ -178,6 +178,13 @@ def test_arrays_that_are_no_rgb_are_named(shape: tuple[int, ...], dtype: Any, ca
     assert caught.value.cause == cause and str(shape) in str(caught.value)
 
 
+@pytest.mark.parametrize(("width", "height"), [(1, 65535), (640, 10)])
+def test_a_stripe_is_no_picture(width: int, height: int) -> None:
+    with pytest.raises(ImageError, match=f"{width}x{height}") as caught:
+        fit(np.zeros((height, width, 3), np.uint8), (16, 16))
+    assert caught.value.cause == "not a picture"
+
+
 # Messages
 
 
@@ -281,6 +288,13 @@ def test_a_message_with_too_few_bytes_is_refused(cv_bridge: Any, picture: Image)
     message = _image_message(picture, "rgb8")
     message.data = message.data[:-1]
     assert _cause(message) == "truncated image"
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "mono8"])
+def test_a_message_that_is_a_stripe_is_refused(cv_bridge: Any, encoding: str) -> None:
+    # As a broken driver sent it; its thumbnail would take gigabytes.
+    picture = np.zeros((65535, 1, 3) if encoding == "rgb8" else (65535, 1), np.uint8)
+    assert _cause(_image_message(picture, encoding)) == "not a picture"
 
 
 @pytest.mark.parametrize("encoding", ["", "h264", "bayer_xyz8", "rgb8; jpeg", "64FC9"])

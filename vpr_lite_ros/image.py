@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Image = NDArray[np.uint8]
 """RGB, (H, W, 3)."""
 
+MOST_ASPECT = 20
+"""A picture is at most so many times as long as broad; panoramas are 8."""
 THUMBNAIL_WIDTH = 320
 """Pixels; a keyframe's picture for people takes some 15 kB."""
 
@@ -29,7 +31,8 @@ def decode_message(message: Any) -> Image:
     Raises
     ------
     ImageError
-        ``empty image``, ``unknown encoding``, ``truncated image`` or ``broken compression``.
+        ``empty image``, ``unknown encoding``, ``truncated image``, ``broken compression`` or
+        ``not a picture``.
     """
     from cv_bridge import CvBridge
 
@@ -43,7 +46,7 @@ def decode_message(message: Any) -> Image:
                 f"{len(message.data)} bytes of format {message.format!r} do not decode to an "
                 "image; is the link losing packets?",
             )
-        return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+        return _checked(np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8))
     if message.height == 0 or message.width == 0:
         raise ImageError("empty image", f"size {message.width}x{message.height}")
     if len(message.data) < message.height * message.step:
@@ -54,11 +57,12 @@ def decode_message(message: Any) -> Image:
     try:
         bridge = CvBridge()
         picture = bridge.imgmsg_to_cv2(_packed(message, bridge), "passthrough")
-        return to_rgb(np.asarray(picture), message.encoding)
+        image = to_rgb(np.asarray(picture), message.encoding)
     except Exception as error:  # cv_bridge's own, cv2's, KeyError, TypeError: all mean this
         raise ImageError(
             "unknown encoding", f"{message.encoding!r} cannot be converted to RGB: {error}"
         ) from error
+    return _checked(image)
 
 
 def _packed(message: Any, bridge: Any) -> Any:
@@ -128,19 +132,31 @@ def fit(image: Image, size: tuple[int, int]) -> Image:
     Raises
     ------
     ImageError
-        ``empty image`` or ``not RGB``.
+        ``empty image``, ``not RGB`` or ``not a picture``.
     """
+    _checked(image)
+    if (image.shape[1], image.shape[0]) == size:
+        return np.ascontiguousarray(image)
+    shrinks = image.shape[0] * image.shape[1] > size[0] * size[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
+
+
+def _checked(image: Image) -> Image:
     if image.size == 0:
         raise ImageError("empty image", f"array of shape {image.shape}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ImageError(
             "not RGB", f"array of shape {image.shape}, {image.dtype}; expected (H, W, 3), uint8"
         )
-    if (image.shape[1], image.shape[0]) == size:
-        return np.ascontiguousarray(image)
-    shrinks = image.shape[0] * image.shape[1] > size[0] * size[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
+    height, width = image.shape[:2]
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        # A stripe of a few pixels' breadth would be blown up to gigabytes as a thumbnail.
+        raise ImageError(
+            "not a picture",
+            f"size {width}x{height}: one side is more than {MOST_ASPECT} times the other",
+        )
+    return image
 
 
 def thumbnail(image: Image) -> bytes:
