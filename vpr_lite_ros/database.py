@@ -37,6 +37,10 @@ TOKEN_CACHE_BYTES = 64 * 2**20
 MOST_AT_ONCE = 64
 """Keyframes deleted at a time when the database is full, or one in so many if there are fewer."""
 
+FASTEST_M_PER_S = 60.0
+"""Odometry that moves faster has been set anew ..."""
+FAR_M = 1e9
+"""... which counts as a way so long that nothing is known of what lies beyond."""
 _ROW = np.dtype(
     [
         ("id", np.int64),
@@ -181,10 +185,12 @@ class KeyframeDatabase:
             row["this_run"], row["moment"] = True, self._moment(head.stamp_ns)
             self._last_moment = max(row["moment"], self._last_moment or row["moment"])
         before = self._last_in_drive.get(number)
+        last = row.copy()
         if before is not None:
-            step = np.linalg.norm(row["pose"][:3] - before["pose"][:3])
-            row["travelled"] = before["travelled"] + (step if np.isfinite(step) else 0)
-        self._last_in_drive[number] = row.copy()
+            row["travelled"] = last["travelled"] = before["travelled"] + _way(before, row)
+            if np.isnan(row["pose"][0]):  # the next step goes on from where the pose was known
+                last["pose"], last["stamp"] = before["pose"], before["stamp"]
+        self._last_in_drive[number] = last
         self._count += 1
 
     # -- sessions ------------------------------------------------------------------------------
@@ -361,6 +367,20 @@ class KeyframeDatabase:
         ids = rows["id"][numbers[0]].tolist()
         return list(zip(ids, map(float, similarities[0]), strict=True))
 
+    def travelled_since(self, keyframe_id: int, stamp_ns: int, pose: Pose) -> float:
+        """Metres driven by odometry from a keyframe to ``pose`` at ``stamp_ns``, both of the
+        running session; NaN where that is not known."""
+        drive = self._drives.get((self.robot_id, self.session), -1)
+        rows = self._rows[: self._count]
+        number = int(np.searchsorted(rows["id"], keyframe_id))
+        known = number < self._count and rows["id"][number] == keyframe_id
+        if not known or rows["drive"][number] != drive or np.isnan(rows["pose"][number][0]):
+            return math.nan
+        here = np.zeros((), _ROW)
+        here["stamp"], here["pose"] = stamp_ns, (*pose.position, *pose.quaternion)
+        last = self._last_in_drive[drive]
+        return float(last["travelled"] + _way(last, here) - rows["travelled"][number])
+
     def steps_between(self, one: Keyframe, other: Keyframe) -> float:
         """How many stored keyframes of their drive one comes after the other; infinity if they
         are of two robots or sessions. Those deleted since, even these two, do not count."""
@@ -450,6 +470,15 @@ class KeyframeDatabase:
     def close(self) -> None:
         """Write what is left and let the file go."""
         self._file.close()
+
+
+def _way(before: NDArray[np.void], after: NDArray[np.void]) -> float:
+    """Metres between two rows of one drive, by odometry; 0 where it is not known."""
+    metres = float(np.linalg.norm(after["pose"][:3] - before["pose"][:3]))
+    if math.isnan(metres):
+        return 0.0
+    seconds = abs(int(after["stamp"]) - int(before["stamp"])) / 1e9
+    return FAR_M if metres > FASTEST_M_PER_S * max(1.0, seconds) else metres
 
 
 def open_database(config: Config, bundle: Bundle, session: str) -> KeyframeDatabase:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,10 +33,6 @@ AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
 CLOCK_TOLERANCE_NS = 1_000_000_000
 """Images may come this much out of order; a stamp further back means that the clock was set."""
-FASTEST_M_PER_S = 60.0
-"""Odometry that moves faster has been set anew ..."""
-FAR_M = 1e9
-"""... which counts as a way so long that odometry rules nothing out across it."""
 PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 
@@ -151,8 +147,8 @@ class LoopDetector:
         self._passed_before: list[Candidate] = []
         self._recognised: Keyframe | None = None
         self._last_closure_ns: int | None = None
-        self._travelled_m = 0.0
-        self._travelled_at: dict[int, float] = {}
+        # What odometry said before cannot be compared with what it will say.
+        self._comparable_from = self.database.last_id + 1
 
     def is_due(self, stamp_ns: int, pose: Pose | None) -> bool:
         """Whether an image taken now may be a keyframe, as far as time and odometry tell."""
@@ -205,32 +201,23 @@ class LoopDetector:
         if pose is None and not self._shows_something_new(description):
             return decision
 
-        self._drive(stamp_ns, pose)
         decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
-        self._compare_ways(decision.candidates, pose)
+        self._compare_ways(decision.candidates, stamp_ns, pose)
         passed = self._verify(description, camera, decision)
         decision.closure = self._accept(passed, stamp_ns)
 
         self._store(decision, image, description, pose, camera)
         decision.is_keyframe = True
         self._passed_before = passed
-        self.remember(stamp_ns, pose, description)
-        return decision
-
-    def remember(self, stamp_ns: int, pose: Pose | None, description: Description) -> None:
-        """Take this as the last keyframe: what the next one is compared with."""
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
+        return decision
 
-    @property
-    def way(self) -> float:
-        """Metres driven until the last keyframe, by odometry."""
-        return self._travelled_m
-
-    def go_on(self, ways: Mapping[int, float]) -> None:
-        """Take up a drive that was interrupted: ``way`` when each keyframe (by id) was stored."""
-        self._travelled_at = dict(ways)
-        self._travelled_m = max(ways.values(), default=0.0)
+    def resume(self, stamp_ns: int, pose: Pose | None, description: Description) -> None:
+        """Go on as if the last keyframe in the database, described anew, had just been stored."""
+        self._last_stamp_ns, self._last_pose = stamp_ns, pose
+        self._last_descriptor = description.descriptor
+        self._comparable_from = 0
 
     def query(
         self, image: Image, stamp_ns: int = 0, top_k: int = 0, camera: Camera | None = None
@@ -400,26 +387,19 @@ class LoopDetector:
                 )
             except DatabaseError as error:
                 decision.fault = str(error)
-        if pose is not None and decision.keyframe_id is not None:
-            self._travelled_at[decision.keyframe_id] = self._travelled_m
 
-    def _drive(self, stamp_ns: int, pose: Pose | None) -> None:
-        """Add the way since the last keyframe to the distance driven, by odometry."""
-        if pose is None or self._last_pose is None or self._last_stamp_ns is None:
-            return
-        metres = math.dist(pose.position, self._last_pose.position)
-        if metres > FASTEST_M_PER_S * max(1.0, abs(stamp_ns - self._last_stamp_ns) / 1e9):
-            metres = FAR_M
-        self._travelled_m += metres
-
-    def _compare_ways(self, candidates: Sequence[Candidate], pose: Pose | None) -> None:
+    def _compare_ways(
+        self, candidates: Sequence[Candidate], stamp_ns: int, pose: Pose | None
+    ) -> None:
         """How far each candidate is from here by odometry, and by which way the robot came."""
         for candidate in candidates:
-            then = self._travelled_at.get(candidate.keyframe.id)
-            known = candidate.keyframe.pose
-            if pose is not None and known is not None and then is not None:
-                candidate.apart_m = math.dist(pose.position, known.position)
-                candidate.travelled_m = self._travelled_m - then
+            keyframe = candidate.keyframe
+            if pose is None or keyframe.pose is None or keyframe.id < self._comparable_from:
+                continue
+            travelled_m = self.database.travelled_since(keyframe.id, stamp_ns, pose)
+            if math.isfinite(travelled_m):
+                candidate.apart_m = math.dist(pose.position, keyframe.pose.position)
+                candidate.travelled_m = travelled_m
 
     def decide(self, candidates: Sequence[Candidate], stamp_ns: int) -> Candidate | None:
         """Judge the next keyframe's candidates, all measured before, as ``process`` does.

@@ -59,6 +59,7 @@ class RecordedDrive:
     """What decisions on recorded scores ask of a database: which keyframes are neighbours."""
 
     session = SESSION
+    last_id = 0
 
     def __init__(self, recording: Recording) -> None:
         self._number_of = recording.number_of

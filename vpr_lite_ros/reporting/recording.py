@@ -44,7 +44,7 @@ SCORES, KEYFRAMES, STATE, SETTINGS = (
 )  # fmt: skip
 DECIDES_WHAT_IS_RECORDED = ("top_k", "min_time_gap_s", "epipolar_tolerance_px")
 """With the group ``keyframe`` and the model: another value of these is another recording."""
-FIELDS = {"frame", "stamp_ns", "name", "id", "ms", "candidates", "session", "way"}
+FIELDS = {"frame", "stamp_ns", "name", "id", "ms", "candidates", "session"}
 _NO_CENTRES = np.zeros((0, 2), np.float32)
 
 
@@ -256,15 +256,12 @@ def _go_on(
                 if number == last:
                     # The next frame is compared with this one, as it was before the break.
                     description = detector.model.describe(fit(frame.image, size))
-                    detector.remember(frame.stamp_ns, pose, description)
-                    ways = {line["id"]: line["way"] for line in _lines(folder)}
-                    detector.go_on({key: way for key, way in ways.items() if way is not None})
+                    detector.resume(frame.stamp_ns, pose, description)
                     continue
                 decision = detector.process(frame.image, frame.stamp_ns, pose, camera)
                 if decision.keyframe_id is not None:
                     line = _line(number, frame.name, decision)
                     line["session"] = detector.database.session
-                    line["way"] = None if pose is None else detector.way
                     print(dumps(line), file=file)
                 done = number + 1
         except KeyboardInterrupt:
