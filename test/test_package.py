@@ -17,14 +17,20 @@ PACKAGE = ROOT / "vpr_lite_ros"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 # Who may import what; everybody else runs without it. A name ending in / is a folder.
-NODE = ("node.py", "node_inputs.py", "node_parameters.py")
+NODE = (
+    "node.py",
+    "node_inputs.py",
+    "node_outputs.py",
+    "node_parameters.py",
+    "node_process.py",
+)
 # The demo plays a drive into the nodes over DDS; live.py and view_node.py listen.
 RCLPY = (*NODE, "backend/node.py", "demo.py", "live.py", "view_node.py")
 ROS = (*RCLPY, "messages.py")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "rclpy": RCLPY,
     "rcl_interfaces": (*NODE, "backend/node.py"),
-    "tf2_ros": ("node.py",),
+    "tf2_ros": ("node_outputs.py",),
     "tf2_msgs": ("backend/node.py",),
     "gtsam": ("backend/",),
     "evo": ("backend/accuracy.py",),

@@ -61,14 +61,7 @@ def replay(args: argparse.Namespace) -> int:
         args.source,
         args.output or Path("build/replay") / _name(args.source),
         config.make_config(settings),
-        image_topic=args.image_topic,
-        odom_topic=args.odom_topic,
-        rate_hz=args.rate,
-        camera_file=args.camera,
-        poses=args.poses,
-        poses_topic=args.poses_topic,
-        pairs=args.pairs,
-        radius_m=args.radius,
+        **_of_recording(args),
     )
     print(describe(summary))
     return _exit_code(summary)
@@ -117,17 +110,21 @@ def tune(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace) -> Any:
     from vpr_lite_ros.reporting.report import Asked
 
-    return Asked(
-        source=args.source,
-        image_topic=args.image_topic,
-        odom_topic=args.odom_topic,
-        rate_hz=args.rate,
-        camera_file=args.camera,
-        poses=args.poses,
-        poses_topic=args.poses_topic,
-        pairs=args.pairs,
-        radius_m=args.radius,
-    )
+    return Asked(source=args.source, **_of_recording(args))
+
+
+def _of_recording(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of a recording and its ground truth."""
+    return {
+        "image_topic": args.image_topic,
+        "odom_topic": args.odom_topic,
+        "rate_hz": args.rate,
+        "camera_file": args.camera,
+        "poses": args.poses,
+        "poses_topic": args.poses_topic,
+        "pairs": args.pairs,
+        "radius_m": args.radius,
+    }
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -7,39 +7,28 @@ faster than it can take them, the newest wins and the others are counted.
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from numpy.typing import NDArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter as RosParameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image as ImageMessage
-from std_msgs.msg import Header
 from std_srvs.srv import SetBool, Trigger
-from visualization_msgs.msg import MarkerArray
 
 from vpr_lite_ros import messages, node_parameters
 from vpr_lite_ros.config import ConfigError
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, open_database
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.health import Severity
-from vpr_lite_ros.image import Image, ImageError, decode_message, draw_matches
+from vpr_lite_ros.image import ImageError, decode_message
 from vpr_lite_ros.inference import (
     DEFAULT_BUNDLE,
     BackendError,
@@ -47,16 +36,13 @@ from vpr_lite_ros.inference import (
     PlaceModel,
     open_model,
 )
-from vpr_lite_ros.matching import Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
-from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.node_inputs import AnyImage, Inputs
+from vpr_lite_ros.node_outputs import Outputs
+from vpr_lite_ros.node_process import run_node
 from vpr_lite_ros.srv import GetLoopClosures, QueryImage
 from vpr_lite_ros.tally import Tally, resident_mb
 from vpr_lite_ros.worker import Worker
-
-CLOSURES_KEPT = 10_000
-"""Closures that ``~/get_loop_closures`` remembers."""
 
 Transition = TransitionCallbackReturn
 
@@ -68,6 +54,7 @@ class Opened:
     model: PlaceModel
     database: KeyframeDatabase
     detector: LoopDetector
+    outputs: Outputs
 
 
 class LoopClosureNode(LifecycleNode):
@@ -85,12 +72,9 @@ class LoopClosureNode(LifecycleNode):
         # Guards detector and database: the worker holds it for an image, a service for a call.
         self._detector_lock = threading.Lock()
         self._paused = False
-        self._optical_in_body: dict[str, NDArray[np.float64]] = {}
         self.tally = Tally()
         self._said: set[str] = set()
-        self._closures: deque[LoopClosure] = deque(maxlen=CLOSURES_KEPT)
         self._while_configured: list[Any] = []
-        self._tf_buffer: Any = None
         # With use_sim_time, ROS time stands still until a bag plays; timers must not wait for it.
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._diagnostics_topic = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -103,6 +87,10 @@ class LoopClosureNode(LifecycleNode):
         return self._opened
 
     # -- lifecycle (executor's thread) ---------------------------------------------------------
+
+    def autostart(self) -> bool:
+        """As the parameter says: ``start``, or wait for a lifecycle manager."""
+        return self.start() if self.config.autostart else True
 
     def start(self) -> bool:
         """Configure and activate at once; False if that failed, for the reason that was logged."""
@@ -119,7 +107,7 @@ class LoopClosureNode(LifecycleNode):
             self.tally.failed(str(error))
             self.get_logger().fatal(str(error))
             return Transition.FAILURE
-        self._make_topics_and_services()
+        self._offer_services(self._opened)
         model, database = self._opened.model, self._opened.database
         self.get_logger().info(
             f"model {model.bundle.model_id} on {model.backend}; database "
@@ -166,10 +154,9 @@ class LoopClosureNode(LifecycleNode):
         return self.on_shutdown(state)
 
     def destroy_node(self) -> None:
-        """As by shutdown, then leave the graph."""
-        if self._worker is not None:
-            self._stop_listening()
-        self._close()
+        """Shut down, if nobody has, then leave the graph."""
+        if self._opened is not None:
+            self.trigger_shutdown()
         super().destroy_node()
 
     def _open(self) -> Opened:
@@ -182,66 +169,42 @@ class LoopClosureNode(LifecycleNode):
             behind=True,
         )
         database = open_database(self.config, model.bundle, session)
-        return Opened(model, database, LoopDetector(self.config, model, database))
+        outputs = Outputs(
+            self,
+            self.config,
+            model.bundle,
+            database,
+            self._detector_lock,
+            self.tally,
+            self._say_once,
+        )
+        return Opened(model, database, LoopDetector(self.config, model, database), outputs)
 
     def _close(self) -> None:
         for thing in self._while_configured:
-            self._destroy(thing)
+            # Services and a subscription: a node has one method for each.
+            self.destroy_service(thing) or self.destroy_subscription(thing)
         self._while_configured.clear()
-        if self._tf_buffer is not None:
-            self._tf_listener.unregister()
-            self._tf_buffer = None
         if self._opened is not None:
+            self._opened.outputs.close()
             with self._detector_lock:
                 self._opened.database.close()
             self._opened = None
-        self._closures.clear()
-        self._optical_in_body.clear()
 
-    def _destroy(self, thing: Any) -> None:
-        """Whatever kind of entity it is: a node has one method for each."""
-        for destroy in (
-            self.destroy_subscription,
-            self.destroy_publisher,
-            self.destroy_service,
-            self.destroy_timer,
-        ):
-            if destroy(thing):
-                return
-
-    def _make_topics_and_services(self) -> None:
-        # A back end that joins late still gets what was found before, if it asks for it.
-        latched = QoSProfile(
-            depth=1000,
-            reliability=ReliabilityPolicy.RELIABLE,
-            durability=DurabilityPolicy.TRANSIENT_LOCAL,
-        )
-        self._closure_topic = self.create_publisher(LoopClosure, "loop_closures", latched)
-        self._decision_topic = self.create_publisher(LoopClosure, "~/decisions", latched)
-        self._match_image_topic = self.create_publisher(ImageMessage, "~/match_image", 10)
-        self._marker_topic = self.create_publisher(MarkerArray, "~/markers", 1)
-        self._keyframe_topic = self.create_publisher(KeyframeMessage, "keyframes", 10)
+    def _offer_services(self, opened: Opened) -> None:
         self._while_configured += [
-            self._closure_topic,
-            self._decision_topic,
-            self._match_image_topic,
-            self._marker_topic,
-            self._keyframe_topic,
-            self.create_subscription(
-                KeyframeMessage, "other_keyframes", self._on_other_keyframe, 10
-            ),
             self.create_service(Trigger, "~/save", self._save),
             self.create_service(Trigger, "~/reset", self._reset),
             self.create_service(SetBool, "~/pause", self._pause),
             self.create_service(QueryImage, "~/query_image", self._query_image),
             self.create_service(GetLoopClosures, "~/get_loop_closures", self._get_loop_closures),
         ]
-        try:
-            import tf2_ros
-        except ImportError:
-            return
-        self._tf_buffer = tf2_ros.Buffer()
-        self._tf_listener = tf2_ros.TransformListener(self._tf_buffer, self)
+        if not opened.database.read_only:
+            self._while_configured.append(
+                self.create_subscription(
+                    KeyframeMessage, "other_keyframes", self._on_other_keyframe, 10
+                )
+            )
 
     def _take(self, message: AnyImage) -> None:
         """An image has come."""
@@ -311,60 +274,13 @@ class LoopClosureNode(LifecycleNode):
         self.tally.took(
             {"decode": (decoded - began) * 1e3, **decision.timings_ms, "latency": latency_ms}
         )
-        self._publish(decision, message.header, latency_ms, image)
-
-    def _to_messages(
-        self, decision: Decision, camera_frame: str, latency_ms: float
-    ) -> list[LoopClosure]:
-        return messages.to_messages(
+        self.opened.outputs.publish(
             decision,
-            frame_id=self.config.body_frame,
-            session=self.opened.database.session,
-            robot_id=self.config.robot_id,
-            model_id=self.opened.model.bundle.model_id,
+            message.header,
+            image,
+            camera=inputs.camera,
+            odometry_frame=inputs.odometry_frame,
             latency_ms=latency_ms,
-            optical_in_body=self._camera_rotation(camera_frame),
-        )
-
-    def _publish(self, decision: Decision, header: Header, latency_ms: float, image: Image) -> None:
-        outgoing = self._to_messages(decision, header.frame_id, latency_ms)
-        for message in outgoing:
-            self.tally.count(f"decisions: {Status(message.status).name}")
-            self._decision_topic.publish(message)
-        if self._keyframe_topic.get_subscription_count():
-            self._share(decision, header)
-        closure = decision.closure
-        if closure is not None:
-            self._closures.append(outgoing[0])
-            self._closure_topic.publish(outgoing[0])
-            if self._match_image_topic.get_subscription_count():
-                self._publish_match_image(decision, image)
-        if self._marker_topic.get_subscription_count():
-            with self._detector_lock:
-                poses = self.opened.database.poses()
-            session = self.opened.database.session
-            frame = self._inputs.odometry_frame if self._inputs else "odom"
-            self._marker_topic.publish(
-                messages.to_markers(frame, poses, session, list(self._closures))
-            )
-
-    def _share(self, decision: Decision, header: Header) -> None:
-        """Let other robots recognise this place."""
-        if decision.keyframe_id is None or decision.description is None:
-            return
-        database = self.opened.database
-        with self._detector_lock:
-            thumbnail = database.thumbnail(decision.keyframe_id)
-        self._keyframe_topic.publish(
-            messages.to_keyframe(
-                header,
-                robot_id=self.config.robot_id,
-                session=database.session,
-                model_id=self.opened.model.bundle.model_id,
-                description=decision.description,
-                camera=self._inputs.camera if self._inputs else None,
-                thumbnail=thumbnail,
-            )
         )
 
     def _on_other_keyframe(self, message: KeyframeMessage) -> None:
@@ -401,50 +317,6 @@ class LoopClosureNode(LifecycleNode):
             self.tally.failed(str(error))
             self._say_once("other keyframe", f"a keyframe of another robot is not used: {error}")
 
-    def _publish_match_image(self, decision: Decision, image: Image) -> None:
-        closure = decision.closure
-        assert closure is not None and closure.matches is not None
-        assert decision.description is not None
-        with self._detector_lock:
-            keyframe = self.opened.database.thumbnail(closure.keyframe.id)
-        picture = draw_matches(
-            image,
-            keyframe,
-            decision.description.centres[closure.matches.query],
-            closure.keyframe.centres[closure.matches.candidate],
-            closure.fit.inliers if closure.fit else None,
-        )
-        message = ImageMessage(
-            height=picture.shape[0],
-            width=picture.shape[1],
-            encoding="rgb8",
-            step=picture.shape[1] * 3,
-            data=picture.tobytes(),
-        )
-        message.header.stamp = messages.to_time(decision.stamp_ns)
-        self._match_image_topic.publish(message)
-
-    def _camera_rotation(self, camera_frame: str) -> NDArray[np.float64]:
-        """Rotation of the camera's optical frame in the body's frame, from tf if it is there."""
-        if camera_frame in self._optical_in_body:
-            return self._optical_in_body[camera_frame]
-        if self._tf_buffer is not None:
-            try:
-                found = self._tf_buffer.lookup_transform(
-                    self.config.body_frame, camera_frame, rclpy.time.Time()
-                )
-                rotation = messages.rotation_matrix(found.transform.rotation)
-                self._optical_in_body[camera_frame] = rotation
-                return rotation
-            except Exception:  # tf2's exceptions share no base class with a public name
-                pass
-        self._say_once(
-            "tf",
-            f"no transform from {self.config.body_frame} to {camera_frame!r} on tf: relative "
-            "poses take the camera to look forward, upright",
-        )
-        return messages.OPTICAL_IN_BODY
-
     # -- services (executor's thread) ----------------------------------------------------------
 
     def _save(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -465,7 +337,7 @@ class LoopClosureNode(LifecycleNode):
                 before = len(self.opened.database)
                 self.opened.database.reset()
                 self.opened.detector.forget()
-                self._closures.clear()
+                self.opened.outputs.closures.clear()
             response.success = True
             response.message = f"{before} keyframes deleted from {self._database_name()}"
         except DatabaseError as error:
@@ -498,7 +370,7 @@ class LoopClosureNode(LifecycleNode):
         if decision.candidates:
             latency_ms = (time.perf_counter() - began) * 1e3
             frame = request.image.header.frame_id
-            response.candidates = self._to_messages(decision, frame, latency_ms)
+            response.candidates = self.opened.outputs.to_messages(decision, frame, latency_ms)
             response.message = (
                 "recognised" if decision.closure else "no stored keyframe passes every check"
             )
@@ -512,7 +384,7 @@ class LoopClosureNode(LifecycleNode):
         since = messages.stamp_ns(request.since)
         response.closures = [
             closure
-            for closure in list(self._closures)
+            for closure in list(self.opened.outputs.closures)
             if messages.stamp_ns(closure.header.stamp) >= since
         ]
         response.success = True
@@ -541,7 +413,10 @@ class LoopClosureNode(LifecycleNode):
             values |= self._describe_opened(self._opened)
             text = "running" if self._worker is not None else "not active"
             values["state"] = text
-        findings = self._inputs.findings() if self._inputs is not None else []
+        findings = []
+        if self._inputs is not None:
+            findings = self._inputs.findings()
+            values["rate_hz"] = f"{self._inputs.rate_hz:.1f}"
         values |= {f"images: {one.name}": f"{one.seen}. {one.remedy}" for one in findings}
         if self._worker is not None and self._paused:
             text = "paused"
@@ -571,7 +446,7 @@ class LoopClosureNode(LifecycleNode):
             "process_mb_in_ram": f"{resident_mb():.0f}",
             "session": database.session,
             "keyframes": len(database),
-            "closures": len(self._closures),
+            "closures": len(opened.outputs.closures),
             "camera_info": "known" if self._inputs and self._inputs.camera else "none",
         }
 
@@ -588,32 +463,7 @@ class LoopClosureNode(LifecycleNode):
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until Ctrl-C or SIGTERM. Returns the process's exit code."""
-    # Ctrl-C is handled here, not by rclpy: the worker may still publish while the node ends.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    stop = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: stop.set())
-    try:
-        node = LoopClosureNode()
-    except ConfigError as error:
-        rclpy.logging.get_logger("loop_closure").fatal(str(error))
-        rclpy.shutdown()
-        return 1
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
-        if node.config.autostart and not node.start():
-            return 1
-        while not stop.is_set():
-            executor.spin_once(timeout_sec=0.2)
-    except ExternalShutdownException:
-        pass
-    finally:
-        executor.shutdown()
-        node.trigger_shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+    return run_node(LoopClosureNode, LoopClosureNode.autostart, "loop_closure", args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import threading
 import time
 from collections import deque
@@ -23,14 +24,11 @@ from vpr_lite_ros.database import Pose
 from vpr_lite_ros.health import Finding, StreamHealth
 from vpr_lite_ros.image import Image
 from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.odometry import ODOMETRY_TOLERANCE_NS
 from vpr_lite_ros.tally import Tally
 
-ODOMETRY_TOLERANCE_NS = 200_000_000
-"""An odometry pose this far from an image's stamp is not the image's."""
 GRAPH_PERIOD_S = 0.25
 """How often to look whether publishers of images have come, and what QoS they offer."""
-SILENCE_S = 5.0
-"""Without an image for this long, something is wrong."""
 IMAGES_BEFORE_CAMERA_INFO = 30
 """Calibration that has not come with so many images is said to be missing."""
 
@@ -74,6 +72,7 @@ class Inputs:
         self._poses: deque[tuple[int, Pose]] = deque(maxlen=1000)
         self._lock = threading.Lock()
         self._health, self._health_lock = StreamHealth(), threading.Lock()
+        self._any_image = False
         self._images: Subscription | None = None
         self._reliability: ReliabilityPolicy | None = None
         self._publishers_trouble = ""
@@ -114,16 +113,22 @@ class Inputs:
     def findings(self) -> list[Finding]:
         """What is wrong with the latest images and stamps, worst first."""
         with self._health_lock:
-            return self._health.findings()
+            return self._health.findings(time.monotonic_ns())
+
+    @property
+    def rate_hz(self) -> float:
+        """Images a second, by their stamps; 0 before there are two, and when they cease."""
+        with self._health_lock:
+            rate = self._health.rate_hz
+            silent = "silence" in {one.name for one in self._health.findings(time.monotonic_ns())}
+        return 0.0 if silent or math.isnan(rate) else rate
 
     @property
     def trouble(self) -> str:
-        """Why no image comes, as far as that can be told; empty while they do."""
-        silent_s = self._tally.silent_s
-        if self._publishers_trouble or silent_s < SILENCE_S:
+        """Why no image has come, as far as that can be told; empty if one has."""
+        if self._publishers_trouble or self._any_image:
             return self._publishers_trouble
-        since = f"for {silent_s:.0f} s" if self._tally.images else "yet"
-        return f"{self.image_topic} has a publisher, but no image has arrived {since}"
+        return f"{self.image_topic} has a publisher, but no image has arrived yet"
 
     def _subscribe_to_images(self) -> None:
         """Subscribe as ``qos.image`` says, and anew when publishers come whose QoS asks for it."""
@@ -158,7 +163,8 @@ class Inputs:
         self._node.get_logger().info(f"listening to {self.image_topic}, {wanted}")
 
     def _on_image(self, message: AnyImage) -> None:
-        self._tally.arrived()
+        self._any_image = True
+        self._tally.count("images")
         with self._health_lock:
             self._health.see_stamp(messages.stamp_ns(message.header.stamp), time.monotonic_ns())
         self._give(message)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 
 TIMINGS_KEPT = 1000
-RATE_WINDOW = 100
-"""Images over which their rate is measured."""
 ERROR_LASTS_S = 30.0
 """How long the last error is what the node's diagnostics begin with."""
 
@@ -25,7 +23,6 @@ class Tally:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._timings_ms: dict[str, deque[float]] = {}
-        self._arrivals: deque[float] = deque(maxlen=RATE_WINDOW)
         self._last_error, self._error_at = "", -ERROR_LASTS_S
 
     def count(self, name: str) -> int:
@@ -33,12 +30,6 @@ class Tally:
         with self._lock:
             self._counts[name] += 1
             return self._counts[name]
-
-    def arrived(self) -> None:
-        """An image has come."""
-        with self._lock:
-            self._counts["images"] += 1
-            self._arrivals.append(time.monotonic())
 
     def failed(self, text: str) -> None:
         """Something went wrong; the node lives on."""
@@ -62,33 +53,16 @@ class Tally:
             recent = time.monotonic() - self._error_at < ERROR_LASTS_S
             return self._last_error if recent else ""
 
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the last image; infinite if there was none."""
-        with self._lock:
-            return time.monotonic() - self._arrivals[-1] if self._arrivals else float("inf")
-
     def values(self) -> dict[str, str]:
         """Everything, by name, for people and programs to read."""
         with self._lock:
             values = {"images": "0", "odometry": "0"}
             values |= {name: str(count) for name, count in sorted(self._counts.items())}
-            values["rate_hz"] = f"{self._rate_hz():.1f}"
             for stage, timings in self._timings_ms.items():
                 p50, p95 = np.percentile(np.array(timings), (50, 95))
                 values |= {f"{stage}_ms_p50": f"{p50:.1f}", f"{stage}_ms_p95": f"{p95:.1f}"}
             values["last_error"] = self._last_error
         return values
-
-    def _rate_hz(self) -> float:
-        """Images a second of late, 0 when they have stopped."""
-        if len(self._arrivals) < 2:
-            return 0.0
-        newest, oldest = self._arrivals[-1], self._arrivals[0]
-        interval = (newest - oldest) / (len(self._arrivals) - 1)
-        if time.monotonic() - newest > 2 + 10 * interval:
-            return 0.0
-        return 1 / max(interval, 1e-6)
 
 
 def resident_mb() -> float:

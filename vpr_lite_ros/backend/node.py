@@ -6,30 +6,26 @@ callbacks convert, ``graph.py`` does the work.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from dataclasses import fields
 from typing import Any
 
 import gtsam
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Point, PoseStamped, Quaternion, TransformStamped
 from nav_msgs.msg import Odometry, Path
 from rcl_interfaces.msg import ParameterDescriptor
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import ColorRGBA
 from visualization_msgs.msg import Marker, MarkerArray
 
 from vpr_lite_ros import messages
 from vpr_lite_ros.backend.graph import REJECTED_WEIGHT, Closure, Noise, PoseGraph, to_pose
 from vpr_lite_ros.msg import LoopClosure
+from vpr_lite_ros.node_process import run_node
 from vpr_lite_ros.relative_pose import PoseType
 
 TF_PERIOD_S, PATH_PERIOD_S = 0.1, 0.5
@@ -258,28 +254,7 @@ def _turn(pose: gtsam.Pose3) -> Quaternion:
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until Ctrl-C or SIGTERM. Returns the process's exit code."""
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    stop = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: stop.set())
-    try:
-        node = PoseGraphNode()
-    except ValueError as error:
-        rclpy.logging.get_logger("pose_graph").fatal(str(error))
-        rclpy.shutdown()
-        return 1
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
-        while not stop.is_set():
-            executor.spin_once(timeout_sec=0.2)
-    except ExternalShutdownException:
-        pass
-    finally:
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+    return run_node(PoseGraphNode, lambda _: True, "pose_graph", args)
 
 
 if __name__ == "__main__":
