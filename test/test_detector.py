@@ -475,7 +475,7 @@ def test_a_keyframe_that_cannot_be_stored_costs_no_closure(
 def test_odd_sizes_are_no_trouble(make_detector: MakeDetector) -> None:
     detector = make_detector()
     rng = np.random.default_rng(0)
-    for second, shape in enumerate([(1, 1, 3), (480, 640, 3), (7, 900, 3), (900, 7, 3)]):
+    for second, shape in enumerate([(1, 1, 3), (480, 640, 3), (45, 900, 3), (900, 45, 3)]):
         image = rng.integers(0, 256, shape, dtype=np.uint8)
         assert detector.process(image, second * SECOND).keyframe_id is not None
 
