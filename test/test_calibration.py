@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import cv2
 import numpy as np
@@ -21,10 +22,13 @@ from numpy.typing import NDArray
 from vpr_lite_ros.benchmarks import Benchmark, ListedImages, find_benchmarks
 from vpr_lite_ros.calibration import (
     FEATURES,
+    LASTING,
+    NEUTRAL,
     Calibration,
     Curve,
     expected_calibration_error,
     features,
+    sequential,
 )
 from vpr_lite_ros.cli import main
 from vpr_lite_ros.config import make_config
@@ -33,7 +37,7 @@ from vpr_lite_ros.detector import Candidate, LoopDetector, features_of, sureness
 from vpr_lite_ros.evaluation import PairTruth
 from vpr_lite_ros.inference import CARD, BundleError, PlaceModel, open_model
 from vpr_lite_ros.matching import Camera, Status
-from vpr_lite_ros.measurement import OPEN, Answer, Found, agreed, evaluate
+from vpr_lite_ros.measurement import OPEN, Answer, Found, detect, evaluate
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
@@ -157,6 +161,33 @@ def test_too_little_confidence_is_said(
     assert Status.LOW_CONFIDENCE not in statuses
 
 
+def test_a_place_that_is_not_sure_enough_may_be_at_the_next_keyframe(
+    calibrated: Callable[..., LoopDetector], make_picture: MakePicture
+) -> None:
+    detector = calibrated(
+        Curve(math.log(0.4 / 0.6), (0.0, 0.0, 0.0), PRECISION),
+        target_precision=0.99,  # 0.6
+        min_time_gap_s=5.0,
+    )
+    found = []
+    for second in [*range(4), *range(10, 13)]:
+        picture = make_picture(second % 10)
+        found.append(detector.process(picture, second * 10**9, None).candidates)
+    lap_one, (first, second, third) = found[:4], (one[0] for one in found[4:])
+    assert not any(lap_one)
+    assert first.status is Status.LOW_CONFIDENCE and first.confidence == pytest.approx(0.4)
+    assert second.confidence == pytest.approx(sequential(0.4, 0.4)) and second.confidence > 0.6
+    assert third.confidence == pytest.approx(sequential(0.4, second.confidence))
+    assert [one.confidence_alone for one in (first, second, third)] == pytest.approx([0.4] * 3)
+    assert any(one.status is Status.ACCEPTED for one in found[5])
+    # One image that is asked about stands alone, and so does one after a new start.
+    asked = [one.confidence for one in detector.query(make_picture(2)).candidates]
+    assert asked and asked == pytest.approx([0.4] * len(asked))
+    detector.forget()
+    alone = detector.process(make_picture(3), 20 * 10**9).candidates
+    assert {one.status for one in alone} == {Status.LOW_CONFIDENCE}
+
+
 def test_the_surest_candidate_wins_not_the_best_score(
     calibrated: Callable[..., LoopDetector], make_picture: MakePicture
 ) -> None:
@@ -207,14 +238,37 @@ def found(frame: int, *candidates: tuple[int, float]) -> Found:
             0.9,
             rank,
             0.5,
-            confidence=confidence,
+            confidence_alone=confidence,
         )
         for rank, (number, confidence) in enumerate(candidates)
     ]
     return Found(Answer(frame, [number for number, _ in candidates], 0.9), examined)
 
 
-def test_a_closure_is_as_sure_as_its_chain() -> None:
+def test_what_was_seen_before_makes_surer_and_fades() -> None:
+    def odds(confidence: float) -> float:
+        return confidence / (1 - confidence)
+
+    # Nothing before, or what does not speak for the place: the image alone.
+    for before in (0.0, 0.01, NEUTRAL):
+        assert sequential(0.3, before) == pytest.approx(0.3)
+    # Odds against the neutral ones, to the power that lasts, multiply.
+    assert odds(sequential(0.3, 0.6)) == pytest.approx(
+        odds(0.3) * (odds(0.6) / odds(NEUTRAL)) ** LASTING
+    )
+    assert sequential(0.3, 0.6) < sequential(0.3, 0.9) < sequential(0.4, 0.9) < 1
+    # However long it goes on, confidence stays below a bound that one image sets.
+    sure = 0.0
+    for _ in range(1000):
+        sure = sequential(0.5, sure)
+    assert odds(sure) == pytest.approx(
+        (odds(0.5) / odds(NEUTRAL)) ** (1 / (1 - LASTING)) * odds(NEUTRAL)
+    )
+    assert math.isnan(sequential(math.nan, 0.5)) and 0 <= sequential(0.0, 1.0) <= 1
+    assert sequential(1.0, 1.0) <= 1
+
+
+def test_the_detector_gets_surer_from_keyframe_to_keyframe(tiny_model: PlaceModel) -> None:
     frames = [
         found(50, (10, 0.6), (30, 0.9)),
         found(51, (11, 0.8), (90, 0.95)),  # 90 is surer, but nothing led to it
@@ -222,16 +276,19 @@ def test_a_closure_is_as_sure_as_its_chain() -> None:
         found(53),
         found(54, (14, 0.9)),
     ]
-    one = agreed(frames, 1)
-    assert [(answer.matches, answer.score) for answer in one[:2]] == [([30], 0.9), ([90], 0.95)]
-    two = agreed(frames, 2)
-    assert two[0].matches == [] and math.isnan(two[0].score)
-    assert [(answer.matches, answer.score) for answer in two[1:3]] == [([11], 0.6), ([12], 0.7)]
+
+    def answers(min_agreeing: int) -> list[tuple[list[int], float]]:
+        return [(one.matches, one.score) for one in detect(frames, tiny_model, min_agreeing)]
+
+    second = sequential(0.8, 0.6)
+    third = sequential(0.7, second)
+    assert second > 0.95 and third > 0.95
+    assert answers(1) == [([30], 0.9), ([11], second), ([12], third), ([], ANY), ([14], 0.9)]
     # An image without candidates breaks the chain.
-    assert two[3].matches == two[4].matches == []
-    three = agreed(frames, 3)
-    assert [answer.matches for answer in three] == [[], [], [12], [], []]
-    assert three[2].score == 0.6
+    assert answers(2) == [([], ANY), ([11], second), ([12], third), ([], ANY), ([], ANY)]
+    assert answers(3) == [([], ANY), ([], ANY), ([12], third), ([], ANY), ([], ANY)]
+    # Asking changes nothing: each image alone is as sure as before.
+    assert [one.confidence_alone for one in frames[1].candidates] == [0.8, 0.95]
 
 
 # Fitting it
@@ -250,7 +307,7 @@ def test_the_precision_table_by_hand() -> None:
     assert table == {target: 0.5 if target <= 0.8 else 1.0 for target in TARGETS}
 
 
-def test_precision_is_that_of_closures_that_agree() -> None:
+def test_precision_is_that_of_closures_that_agree(tiny_model: PlaceModel) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from vpr_lite_ros.training.calibrate import Cases
 
@@ -262,8 +319,10 @@ def test_precision_is_that_of_closures_that_agree() -> None:
     cases = Cases(benchmark, frames, nothing[:, None], nothing.astype(np.int64), nothing > 0)
     confidence = np.array([0.6, 0.8, 0.95, 0.7])
     # A single one: 90 is surest in its frame, and false. Three in a row lead past it.
-    assert cases.closures(confidence, 1) == ([0.6, 0.95, 0.7], [True, False, True])
-    assert cases.closures(confidence, 3) == ([0.6], [True])
+    confidence[1] = 0.1  # and does not gain by what led to it
+    third = sequential(0.7, sequential(0.1, 0.6))
+    assert cases.closures(confidence, tiny_model, 1) == ([0.6, 0.95, third], [True, False, True])
+    assert cases.closures(confidence, tiny_model, 3) == ([third], [True])
 
 
 def test_a_drawn_town_is_a_labelled_sequence_with_a_camera(

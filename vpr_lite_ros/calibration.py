@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 FEATURES = ("similarity", "match", "agreement")
 """In this order; ``features`` says of what."""
 WITH_CAMERA, WITHOUT_CAMERA = "with_camera", "without_camera"
+NEUTRAL = 0.12
+"""P(same place) that speaks neither for nor against: the next keyframe forgets what is below."""
+LASTING = 0.6
+"""So much of what one keyframe says for a place still counts at the next. Both were chosen on drawn
+towns and on walks kept from training (docs/training.md)."""
 _LEAST_SCORE = 1e-3
 """Of match scores below this, the logarithm says nothing more."""
 
@@ -48,7 +53,7 @@ class Curve:
     def confidence(self, values: list[float]) -> float:
         """P(same place), 0…1."""
         logit = self.bias + sum(w * x for w, x in zip(self.weights, values, strict=True))
-        return 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
+        return _probability(max(-60.0, min(60.0, logit)))
 
     def threshold(self, target_precision: float) -> float:
         """Least confidence to accept; of targets above all that were measured, the highest."""
@@ -104,6 +109,36 @@ def _read_curve(entry: Any) -> Curve:
     ):
         raise ValueError("precision should be pairs that rise")
     return Curve(float(entry["bias"]), weights, precision)
+
+
+def sequential(confidence: float, before: float) -> float:
+    """P(same place) by an image and by the keyframes before it.
+
+    Log odds add up, as far as images are independent; those of keyframes in a row are not quite,
+    so that what was seen before fades by ``LASTING``. What spoke against the place is forgotten
+    at once: places are entered from elsewhere.
+
+    Parameters
+    ----------
+    confidence
+        P by this image alone; NaN stays NaN.
+    before
+        What this function returned for the same stretch of the map at the keyframe before; 0 if
+        that keyframe did not point there.
+    """
+    if before <= NEUTRAL:
+        return confidence
+    support = LASTING * (_log_odds(before) - _log_odds(NEUTRAL))
+    return _probability(_log_odds(confidence) + support)
+
+
+def _log_odds(probability: float) -> float:
+    inside = min(max(probability, 1e-15), 1 - 1e-15) if probability == probability else math.nan
+    return math.log(inside / (1 - inside))
+
+
+def _probability(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
 
 
 def expected_calibration_error(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.calibration import features
+from vpr_lite_ros.calibration import features, sequential
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, Keyframe, KeyframeDatabase, Pose
 from vpr_lite_ros.image import Image, fit, thumbnail
@@ -54,8 +54,11 @@ class Candidate:
     agreement: int = 0
     """Matches that agree with each other: with one motion of the camera, or, where no camera is
     known, with one homography."""
+    confidence_alone: float = math.nan
+    """P(same place) by this image, 0…1; NaN where the pair was not matched or the model is not
+    calibrated."""
     confidence: float = math.nan
-    """P(same place), 0…1; NaN where the pair was not matched or the model is not calibrated."""
+    """... and by the keyframes before it, where they count."""
     has_camera: bool | None = None
     """Whether both cameras are known; None where the geometry was not checked."""
     agreeing: int = 0
@@ -144,7 +147,7 @@ class LoopDetector:
         self._last_stamp_ns: int | None = None
         self._last_pose: Pose | None = None
         self._last_descriptor: NDArray[np.float32] | None = None
-        self._passed_before: list[Candidate] = []
+        self._before: list[Candidate] = []
         self._recognised: Keyframe | None = None
         self._last_closure_ns: int | None = None
         # What odometry said before cannot be compared with what it will say.
@@ -203,12 +206,11 @@ class LoopDetector:
 
         decision.candidates = self._retrieve(description, stamp_ns, self.config.top_k, decision)
         self._compare_ways(decision.candidates, stamp_ns, pose)
-        passed = self._verify(description, camera, decision)
-        decision.closure = self._accept(passed, stamp_ns)
+        self._verify(description, camera, decision)
+        decision.closure = self._accept(self._follow(decision.candidates), stamp_ns)
 
         self._store(decision, image, description, pose, camera)
         decision.is_keyframe = True
-        self._passed_before = passed
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
         return decision
@@ -233,7 +235,8 @@ class LoopDetector:
         decision.candidates = self._retrieve(
             description, stamp_ns, top_k or self.config.top_k, decision, any_time=stamp_ns == 0
         )
-        passed = self._verify(description, camera, decision)
+        self._verify(description, camera, decision)
+        passed = [one for one in decision.candidates if one.status is Status.NOT_BEST]
         if passed:
             decision.closure = max(passed, key=sureness)
             decision.closure.status = Status.ACCEPTED
@@ -289,15 +292,13 @@ class LoopDetector:
             for rank, (keyframe_id, similarity) in enumerate(found)
         ]
 
-    def _verify(
-        self, description: Description, camera: Camera | None, decision: Decision
-    ) -> list[Candidate]:
-        """Give each candidate that fails a check its status; return those that pass all."""
+    def _verify(self, description: Description, camera: Camera | None, decision: Decision) -> None:
+        """Give each candidate that fails a check, by this image alone, its status."""
         for candidate in decision.candidates:
             candidate.status = self.judge(candidate)
         similar = [one for one in decision.candidates if one.status is Status.NOT_BEST]
         if not similar:
-            return []
+            return
         with _timed(decision, "match"):
             tokens = self.database.tokens([candidate.keyframe.id for candidate in similar])
             scores, assignments = self.model.match(description.tokens, tokens)
@@ -306,7 +307,6 @@ class LoopDetector:
                 candidate.match_score = float(score)
                 candidate.matches = mutual_matches(assignment)
                 candidate.status = self._check(candidate, description, camera)
-        return [candidate for candidate in similar if candidate.status is Status.NOT_BEST]
 
     def _check(
         self, candidate: Candidate, description: Description, camera: Camera | None
@@ -334,7 +334,8 @@ class LoopDetector:
             )
         if (calibration := self.model.bundle.calibration) is not None:
             curve = calibration.curve(candidate.has_camera)
-            candidate.confidence = curve.confidence(features_of(candidate))
+            candidate.confidence_alone = curve.confidence(features_of(candidate))
+            candidate.confidence = candidate.confidence_alone
         return self.judge(candidate)
 
     def judge(self, candidate: Candidate) -> Status:
@@ -352,14 +353,14 @@ class LoopDetector:
             return Status.FEW_MATCHES
         if candidate.has_camera and candidate.num_inliers < self.min_inliers:
             return Status.GEOMETRY
+        odometry = self.config.odometry
+        if candidate.apart_m > odometry.place_radius_m + odometry.max_drift * candidate.travelled_m:
+            return Status.ODOMETRY
         calibration = self.model.bundle.calibration
         if calibration is not None and not math.isnan(candidate.confidence):
             curve = calibration.curve(bool(candidate.has_camera))
             if candidate.confidence < curve.threshold(self.config.target_precision):
                 return Status.LOW_CONFIDENCE
-        odometry = self.config.odometry
-        if candidate.apart_m > odometry.place_radius_m + odometry.max_drift * candidate.travelled_m:
-            return Status.ODOMETRY
         return Status.NOT_BEST
 
     def _notice_jump(self, stamp_ns: int, decision: Decision) -> None:
@@ -407,15 +408,43 @@ class LoopDetector:
         For trying thresholds on recorded scores: nothing is described, matched or stored.
         """
         for candidate in candidates:
+            candidate.confidence = candidate.confidence_alone
             candidate.status = self.judge(candidate)
-        passed = [one for one in candidates if one.status is Status.NOT_BEST]
-        closure = self._accept(passed, stamp_ns)
-        self._passed_before = passed
-        return closure
+        return self._accept(self._follow(candidates), stamp_ns)
 
-    def _accept(self, passed: list[Candidate], stamp_ns: int) -> Candidate | None:
-        """The best candidate to which enough keyframes in a row have pointed, if it is news."""
-        agreeing = self._agreed(passed)
+    def _follow(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Judge anew, with what the keyframe before said of the same stretch of the map.
+
+        Returns the candidates that pass every check and to which enough keyframes in a row have
+        pointed. Those that are only not sure enough yet count for the next keyframe, too.
+        """
+        plausible = [
+            one for one in candidates if one.status in (Status.NOT_BEST, Status.LOW_CONFIDENCE)
+        ]
+        agreeing = []
+        for candidate in plausible:
+            near = [
+                before
+                for before in self._before
+                if self.database.steps_between(before.keyframe, candidate.keyframe)
+                <= AGREEMENT_WINDOW
+            ]
+            candidate.agreeing = 1 + max((before.agreeing for before in near), default=0)
+            candidate.confidence = sequential(
+                candidate.confidence_alone, max((before.confidence for before in near), default=0.0)
+            )
+            candidate.status = self.judge(candidate)
+            if candidate.status is not Status.NOT_BEST:
+                continue
+            if candidate.agreeing >= self.config.min_agreeing_keyframes:
+                agreeing.append(candidate)
+            else:
+                candidate.status = Status.NOT_CONSISTENT
+        self._before = plausible
+        return agreeing
+
+    def _accept(self, agreeing: list[Candidate], stamp_ns: int) -> Candidate | None:
+        """The best candidate, if it is news."""
         recognised_before, self._recognised = self._recognised, None
         if not agreeing:
             return None
@@ -433,24 +462,6 @@ class LoopDetector:
         self._last_closure_ns = stamp_ns
         best.status = Status.ACCEPTED
         return best
-
-    def _agreed(self, passed: list[Candidate]) -> list[Candidate]:
-        """The candidates to whose stretch of the map enough keyframes in a row have pointed."""
-        for candidate in passed:
-            streaks = [
-                before.agreeing
-                for before in self._passed_before
-                if self.database.steps_between(before.keyframe, candidate.keyframe)
-                <= AGREEMENT_WINDOW
-            ]
-            candidate.agreeing = 1 + max(streaks, default=0)
-        agreeing = []
-        for candidate in passed:
-            if candidate.agreeing >= self.config.min_agreeing_keyframes:
-                agreeing.append(candidate)
-            else:
-                candidate.status = Status.NOT_CONSISTENT
-        return agreeing
 
 
 def sureness(candidate: Candidate) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from vpr_lite_ros.benchmarks import Benchmark, read_frames
 from vpr_lite_ros.calibration import expected_calibration_error
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, LoopDetector, sureness
+from vpr_lite_ros.detector import Candidate, LoopDetector, sureness
 from vpr_lite_ros.evaluation import (
     Booleans,
     GroundTruth,
@@ -132,7 +132,7 @@ def evaluate(
         reranked = [one.reranked() for one in found]
         figures = measure(reranked, benchmark.truth, could)
         report["reranked"] = {"candidates": rerank, **figures}
-        detected = measure(agreed(found, min_agreeing), benchmark.truth, could)
+        detected = measure(detect(found, model, min_agreeing), benchmark.truth, could)
         report["detector_recall_at_100_precision"] = detected["recall_at_100_precision"]
         report["epipolar_check"] = benchmark.camera is not None
         report["expected_calibration_error"] = _calibration_error(found, benchmark.truth)
@@ -228,38 +228,29 @@ def look_up(
                 number_of[keyframe_id] = number
 
 
-def agreed(found: Iterable[Found], min_agreeing: int) -> list[Answer]:
-    """What the detector would answer, and how strict it may be and still do so.
-
-    A closure needs ``min_agreeing`` keyframes in a row that point to one stretch of the map, so
-    it is as sure as the least sure link of such a chain.
-    """
+def detect(found: Iterable[Found], model: PlaceModel, min_agreeing: int) -> list[Answer]:
+    """What the detector would answer to each frame if it had no thresholds, and how sure it is."""
+    settings = {**OPEN, "min_agreeing_keyframes": min_agreeing, "min_closure_interval_s": 0.0}
+    detector = LoopDetector(Config(**settings), model, cast(KeyframeDatabase, _Neighbours()))
     answers = []
-    before: list[tuple[Keyframe, list[float]]] = []
     for one in found:
-        chains = []
-        for candidate in one.candidates:
-            sure = sureness(candidate)[0]
-            near = [links for other, links in before if _are_neighbours(other, candidate.keyframe)]
-            links = [sure]
-            for length in range(1, min_agreeing):
-                longest = max((chain[length - 1] for chain in near), default=-math.inf)
-                links.append(min(sure, longest))
-            chains.append((candidate.keyframe, links))
-        before = chains
-        scores = [links[-1] for _, links in chains]
-        best = int(np.argmax(scores)) if scores else 0
-        if scores and math.isfinite(scores[best]):
-            answers.append(Answer(one.answer.frame, [one.answer.matches[best]], scores[best]))
-        else:
+        closure = detector.decide([replace(candidate) for candidate in one.candidates], 0)
+        if closure is None:
             answers.append(Answer(one.answer.frame, [], math.nan))
+        else:
+            match = one.answer.matches[closure.rank]
+            answers.append(Answer(one.answer.frame, [match], sureness(closure)[0]))
     return answers
 
 
-def _are_neighbours(one: Keyframe, other: Keyframe) -> bool:
-    """As the detector's. A measurement deletes no keyframe, so that ids count them."""
-    drives = (one.robot_id, one.session), (other.robot_id, other.session)
-    return drives[0] == drives[1] and abs(one.id - other.id) <= AGREEMENT_WINDOW
+class _Neighbours:
+    """What ``decide`` asks of a database. A measurement deletes none, so that ids count them."""
+
+    session, last_id = "", 0
+
+    def steps_between(self, one: Keyframe, other: Keyframe) -> float:
+        drives = (one.robot_id, one.session), (other.robot_id, other.session)
+        return abs(one.id - other.id) if drives[0] == drives[1] else math.inf
 
 
 def reorder(answer: Answer, scores: Sequence[float]) -> Answer:

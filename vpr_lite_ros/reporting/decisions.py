@@ -24,7 +24,7 @@ NONE, TRUE, FALSE, UNJUDGED = 0, 1, 2, 3
 """What became of a keyframe: no closure, a true one, a false one, one without ground truth."""
 HOW_FAR = (
     Status.NO_CANDIDATE, Status.LOW_SIMILARITY, Status.LOW_SCORE, Status.FEW_MATCHES,
-    Status.GEOMETRY, Status.LOW_CONFIDENCE, Status.ODOMETRY, Status.NOT_CONSISTENT,
+    Status.GEOMETRY, Status.ODOMETRY, Status.LOW_CONFIDENCE, Status.NOT_CONSISTENT,
     Status.NOT_BEST, Status.TOO_SOON, Status.ACCEPTED,
 )  # fmt: skip
 """Ends of a candidate, in the order of the checks that it passed before."""

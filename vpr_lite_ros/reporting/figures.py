@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from vpr_lite_ros.config import Config
+from vpr_lite_ros.detector import sureness
 from vpr_lite_ros.evaluation import Booleans, PrecisionRecall, roc_auc
 from vpr_lite_ros.matching import Status
-from vpr_lite_ros.measurement import Answer, Found, agreed, answer_curve, measure, reorder
+from vpr_lite_ros.measurement import Answer, answer_curve, measure, reorder
 from vpr_lite_ros.reporting.decisions import (
     FALSE,
     NONE,
@@ -20,6 +20,7 @@ from vpr_lite_ros.reporting.decisions import (
     UNJUDGED,
     Decisions,
     Outcomes,
+    closures,
     furthest,
     make_detector,
 )
@@ -174,7 +175,7 @@ def _answers(
     is drawn as ``target_precision``, or else ``match_threshold``, changes.
     """
     known = truth.judge.known(recording.frame)
-    frames, sureness = recording.frame, recording.sureness
+    frames, sure = recording.frame, recording.sureness
     retrieved, reranked = [], []
     for keyframe in np.flatnonzero(known).tolist():
         rows = recording.rows(keyframe)
@@ -182,7 +183,7 @@ def _answers(
         score = float(recording.similarity[rows][0]) if matches else np.nan
         answer = Answer(int(frames[keyframe]), matches, score)
         retrieved.append(answer)
-        reranked.append(reorder(answer, sureness[rows].tolist()))
+        reranked.append(reorder(answer, sure[rows].tolist()))
 
     calibrated = decisions.detector.model.bundle.calibration is not None
     opened = make_detector(
@@ -191,19 +192,14 @@ def _answers(
     if not calibrated:
         opened.match_threshold = 0.0
 
-    def passed() -> Iterator[Found]:
-        for keyframe in range(len(recording)):
-            rows = recording.rows(keyframe)
-            matches = recording.frame[recording.match[rows]].tolist()
-            kept = [
-                (candidate, match)
-                for candidate, match in zip(recording.candidates(keyframe), matches, strict=True)
-                if opened.judge(candidate) is Status.NOT_BEST
-            ]
-            answer = Answer(int(frames[keyframe]), [match for _, match in kept], np.nan)
-            yield Found(answer, [candidate for candidate, _ in kept])
-
-    answers = agreed(passed(), config.min_agreeing_keyframes)
+    every = map(recording.candidates, range(len(recording)))
+    answers = []
+    for frame, closure in zip(frames.tolist(), closures(recording, opened, every), strict=True):
+        if closure is None:
+            answers.append(Answer(frame, [], np.nan))
+        else:
+            match = int(recording.frame[recording.number_of[closure.keyframe.id]])
+            answers.append(Answer(frame, [match], sureness(closure)[0]))
     detected = [answer for answer, knows in zip(answers, known, strict=True) if knows]
     return retrieved, reranked, detected
 

@@ -103,6 +103,7 @@ class Recording:
     num_inliers: NDArray[np.int64]
     agreement: NDArray[np.int64]
     confidence: NDArray[np.float64]
+    """(M,) by the image alone."""
     has_camera: NDArray[np.bool_]
     apart_m: NDArray[np.float64]
     travelled_m: NDArray[np.float64]
@@ -148,7 +149,7 @@ class Recording:
         return [
             Measured(
                 self.keyframes[match], similarity, rank, score,
-                agreement=agreement, confidence=confidence, has_camera=has_camera,
+                agreement=agreement, confidence_alone=confidence, has_camera=has_camera,
                 apart_m=apart, travelled_m=travelled,
                 counted_matches=matches, counted_inliers=inliers,
             )
@@ -289,7 +290,7 @@ def _line(number: int, name: str, decision: Decision) -> Record:
         "candidates": [
             [
                 one.keyframe.id, _short(one.similarity), _short(one.match_score), one.num_matches,
-                one.num_inliers, one.agreement, one.confidence, int(bool(one.has_camera)),
+                one.num_inliers, one.agreement, one.confidence_alone, int(bool(one.has_camera)),
                 one.apart_m, one.travelled_m,
             ]
             for one in decision.candidates

@@ -33,7 +33,7 @@ from vpr_lite_ros.calibration import (
 from vpr_lite_ros.detector import features_of
 from vpr_lite_ros.export import amend_card
 from vpr_lite_ros.inference import CARD, PlaceModel
-from vpr_lite_ros.measurement import Found, agreed, look_up
+from vpr_lite_ros.measurement import Found, detect, look_up
 from vpr_lite_ros.training.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -60,13 +60,13 @@ class Cases:
         return self.benchmark.name
 
     def closures(
-        self, confidence: NDArray[np.float64], min_agreeing: int
+        self, confidence: NDArray[np.float64], model: PlaceModel, min_agreeing: int
     ) -> tuple[list[float], list[bool]]:
         """How sure the detector would be of its closures, and which of them are true."""
         candidates = [candidate for one in self.found for candidate in one.candidates]
         for candidate, value in zip(candidates, confidence.tolist(), strict=True):
-            candidate.confidence = value
-        answers = [answer for answer in agreed(self.found, min_agreeing) if answer.matches]
+            candidate.confidence_alone = value
+        answers = [one for one in detect(self.found, model, min_agreeing) if one.matches]
         truth = self.benchmark.truth
         true = [
             bool(truth.same_place(answer.frame, np.array(answer.matches))[0]) for answer in answers
@@ -103,8 +103,8 @@ def calibrate_bundle(
 ) -> str:
     """Calibrate the bundle of ``model`` and write that into its model card.
 
-    Precision is that of closures to which ``min_agreeing`` keyframes in a row point, each with at
-    least that confidence. ``picture`` is drawn: match scores of true and false candidates, and
+    Precision is that of closures to which ``min_agreeing`` keyframes in a row point, the last with
+    at least that confidence. ``picture`` is drawn: match scores of true and false candidates, and
     confidence against the share that was true.
 
     Recommended thresholds are lowered to where they only thin out what need not be looked at:
@@ -142,10 +142,10 @@ def calibrate_bundle(
         return [_cases(model, one, top_k=top_k, min_time_gap_s=min_time_gap_s) for one in chosen]
 
     cases = cases_of([replace(benchmark, camera=None) for benchmark in benchmarks])
-    fitted = {WITHOUT_CAMERA: _fit_curve(cases, min_agreeing)}
+    fitted = {WITHOUT_CAMERA: _fit_curve(cases, model, min_agreeing)}
     with_camera = [benchmark for benchmark in benchmarks if benchmark.camera]
     if len(with_camera) >= 2:
-        fitted[WITH_CAMERA] = _fit_curve(cases_of(with_camera), min_agreeing)
+        fitted[WITH_CAMERA] = _fit_curve(cases_of(with_camera), model, min_agreeing)
     else:  # nothing tells what a camera's motion adds
         log.warning("fewer than two sequences name their camera: confidence will make no use of it")
     draw(cases, fitted, picture)
@@ -199,7 +199,7 @@ def _cases(model: PlaceModel, benchmark: Benchmark, *, top_k: int, min_time_gap_
     return Cases(benchmark, found, np.array(values), np.array(frames, np.int64), labels)
 
 
-def _fit_curve(cases: Sequence[Cases], min_agreeing: int) -> Fitted:
+def _fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> Fitted:
     """A curve, measured on each sequence with all others'."""
     errors, best_confidence, best_true = {}, [], []
     sure: list[float] = []
@@ -212,7 +212,7 @@ def _fit_curve(cases: Sequence[Cases], min_agreeing: int) -> Fitted:
         errors[held_out.name] = expected_calibration_error(confidence[best], held_out.true[best])
         best_confidence.append(confidence[best])
         best_true.append(held_out.true[best])
-        scores, true_closures = held_out.closures(confidence, min_agreeing)
+        scores, true_closures = held_out.closures(confidence, model, min_agreeing)
         sure, right = sure + scores, right + true_closures
     known, true = np.concatenate(best_confidence), np.concatenate(best_true)
     table = _precision_table(np.array(sure), np.array(right, np.bool_))
