@@ -296,6 +296,7 @@ def test_unusable_frames_are_counted_said_once_and_left_out(
         raw(picture(), "rgb8", data=np.zeros(0, np.uint8)),
         raw(picture(), "hsv7"),
         raw(np.ones((48, 64), np.float32), "32FC1"),
+        raw(np.zeros((1, 640, 3), np.uint8), "rgb8"),
     ]
     path = write_bag(tmp_path / "b", [("/cam", n + 1, m) for n, m in enumerate(plain)])
     with open_source(path) as source:
@@ -305,6 +306,7 @@ def test_unusable_frames_are_counted_said_once_and_left_out(
             "empty image": 1,
             "encoding 'hsv7' is not a colour or grey image": 1,
             "encoding '32FC1' is not a colour or grey image": 1,
+            "not a picture": 1,
         }
 
 

@@ -22,8 +22,9 @@ from vpr_lite_ros.reporting.decisions import (
     Outcomes,
     furthest,
     make_detector,
+    same_place,
 )
-from vpr_lite_ros.reporting.parameter_file import parameter_file
+from vpr_lite_ros.reporting.parameter_file import caution, parameter_file
 from vpr_lite_ros.reporting.recording import Recording
 from vpr_lite_ros.reporting.truth import Truth, stamps_of
 from vpr_lite_ros.reporting.tuning import Tuning, share
@@ -156,15 +157,6 @@ def against_truth(
     }  # fmt: skip
 
 
-def same_place(recording: Recording, truth: Truth) -> Booleans:
-    """(M,) which candidates show the place of their keyframe; False where not known."""
-    same = np.zeros(len(recording.match), np.bool_)
-    for keyframe, frame in enumerate(recording.frame.tolist()):
-        rows = recording.rows(keyframe)
-        same[rows] = truth.judge.same_place(frame, recording.frame[recording.match[rows]])
-    return same
-
-
 def _answers(
     recording: Recording, truth: Truth, decisions: Decisions, config: Config
 ) -> tuple[list[Answer], list[Answer], list[Answer]]:
@@ -256,5 +248,7 @@ def recommendation(tuning: Tuning, config: Config, source: Path) -> Record:
     return {
         **asdict(tuning),
         "reached": tuning.reached,
+        "promised": tuning.promised,
+        "caution": caution(tuning) or None,
         "yaml": parameter_file(config, tuning, source.name),
     }
