@@ -36,7 +36,9 @@ AGREEING = (1, 2, 3, 5)
 MATCH_LEVELS = 10
 INLIER_LEVELS = (0, 12, 20, 30)
 BLOCKS = 5
-MARGINS = (0, 1, 2, 3)
+CAUTION = ((0.0, 0), (0.0, 1), (0.0, 2), (0.0, 3), (0.5, 0), (0.5, 2), (1.0, 0), (1.0, 2))
+"""Ways to choose, ever more cautious: by how much of what the target leaves to perfection more is
+asked for, and how many levels the match threshold keeps away from where errors begin."""
 
 
 class TuningError(ValueError):
@@ -72,8 +74,6 @@ class Tuning:
     """That the setting gives on the whole recording."""
     findable: int
     blocks: int
-    margin: int
-    """Steps of the match threshold between the setting and where errors begin."""
     settings: int
     """How many were tried."""
 
@@ -249,7 +249,6 @@ def tune(
         closures=int((all_of_it != NONE).sum()),
         findable=int((could & asked).sum()),
         blocks=len(blocks),
-        margin=choice.margin(everything),
         settings=len(settings),
     )
 
@@ -299,37 +298,34 @@ class _Choice:
         return cls(*counts, **about)
 
     def pick(self, blocks: list[int]) -> int:
-        """The setting to choose by these blocks."""
-        return self._best(blocks, self.margin(blocks))
-
-    def margin(self, blocks: list[int]) -> int:
-        """How far to keep away from where errors begin: the least that holds the target where
-        it was not chosen, or else the most precise."""
+        """The setting to choose by these blocks: in the least cautious way that holds the target
+        where it was not chosen, or else in the most precise one."""
         precision = []
-        for margin in MARGINS:
+        for way in CAUTION:
             held = np.zeros(2, np.int64)
             for one in blocks:
-                chosen = self._best([other for other in blocks if other != one] or blocks, margin)
+                chosen = self._best([other for other in blocks if other != one] or blocks, *way)
                 held += self.true[chosen, one], self.false[chosen, one]
             precision.append(held[0] / held.sum() if held[0] else 0.0)
             if precision[-1] >= self.target:
-                return margin
-        return MARGINS[int(np.argmax(precision))]
+                break
+        return self._best(blocks, *CAUTION[int(np.argmax(precision))])
 
-    def _best(self, blocks: list[int], margin: int) -> int:
-        """The setting with the most recall among those that reach the target, with a margin.
+    def _best(self, blocks: list[int], more: float, margin: int) -> int:
+        """The setting with the most recall among those that reach the target, in one way.
 
         A setting counts as good only if those of its family are good, too, whose match threshold
         is up to ``margin`` levels lower. If no setting is good that may be chosen, the one of
         the good ones for whose precision most is to be said; else the most precise one.
         """
+        aim = self.target + more * (1 - self.target)
         true, false, found, runs = (
             counts[:, blocks].sum(axis=1)
             for counts in (self.true, self.false, self.found, self.runs)
         )
         given = true + false
         precision = np.where(given > 0, true / np.maximum(given, 1), 0.0)
-        good = (precision >= self.target).reshape(-1, self.levels)
+        good = (precision >= aim).reshape(-1, self.levels)
         kept = good.copy()
         for step in range(1, margin + 1):
             kept[:, step:] &= good[:, :-step]
