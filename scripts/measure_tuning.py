@@ -44,10 +44,12 @@ CANDIDATES = 10
 
 def two_traverses(first: Path, second: Path, folder: Path) -> Path:
     """Two folders of aligned images as one drive that comes back, with its list of pairs."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     files = [sorted(one.glob("*.jpg")) for one in (first, second)]
     for number, file in enumerate([*files[0], *files[1]]):
-        (folder / f"{number:06}.jpg").symlink_to(file.resolve())
+        link = folder / f"{number:06}.jpg"
+        if not link.exists():
+            link.symlink_to(file.resolve())
     count = len(files[0])
     pairs = [
         f"{count + one},{other}"
@@ -62,47 +64,46 @@ def halves(data: Path, work: Path) -> None:
     """Tune on each half of the revisits of each sequence; look at the other half."""
     model, config = open_model(DEFAULT_BUNDLE), Config()
     gardens = data / "eval" / "gardens_point"
-    with tempfile.TemporaryDirectory() as name:
-        sequences = {
-            "KITTI 00": data / "eval" / "kitti00",
-            "corridor": data / "eval" / "corridor_two_laps",
-        }
-        for label, other in (("by day", "day_left"), ("by night", "night_right")):
-            folder = Path(name) / other
-            sequences[f"Gardens Point, {label}"] = two_traverses(
-                gardens / "day_right", gardens / other, folder
-            )
-        print("| sequence, half | target | expected | in the other half | recall there |")
-        print("|---|---|---|---|---|")
-        for label, source in sequences.items():
-            recording = record(source, work / source.name, config, model)
-            truth = find_truth(source, recording)
-            of_rows = candidate_outcomes(recording, truth)
-            could = findable_keyframes(recording, truth, config.min_time_gap_s)
-            revisits = np.flatnonzero(could)
-            first = np.arange(len(recording)) <= revisits[len(revisits) // 2]
-            for which, half in (("first", first), ("second", ~first)):
-                for target in TARGETS:
-                    head = f"| {label}, {which} ({int((could & half).sum())}) | {target} | "
-                    try:
-                        tuning = tune(recording, truth, config, model, target, queries=half)
-                    except TuningError as error:
-                        print(f"{head}{error} | | |")
-                        continue
-                    chosen = dataclasses.replace(config, **tuning.parameters)
-                    made = judged(decide(recording, chosen, model), of_rows)[~half]
-                    true, false = int((made == TRUE).sum()), int((made == FALSE).sum())
-                    precision = true / (true + false) if true + false else float("nan")
-                    within = tuning.precision.low <= precision <= tuning.precision.high
-                    print(
-                        f"{head}{tuning.precision.value:.3f} "
-                        f"({tuning.precision.low:.2f} to {tuning.precision.high:.2f})"
-                        f"{'' if tuning.reached else ', not reached'} | "
-                        f"{precision:.3f} ({true} of {true + false})"
-                        f"{'' if within else ', OUTSIDE'} | "
-                        f"{float((made[could[~half]] == TRUE).mean()):.3f} |",
-                        flush=True,
-                    )
+    sequences = {
+        "KITTI 00": data / "eval" / "kitti00",
+        "corridor": data / "eval" / "corridor_two_laps",
+    }
+    for label, other in (("by day", "day_left"), ("by night", "night_right")):
+        folder = work / f"day_right_{other}"
+        sequences[f"Gardens Point, {label}"] = two_traverses(
+            gardens / "day_right", gardens / other, folder
+        )
+    print("| sequence, half | target | expected | in the other half | recall there |")
+    print("|---|---|---|---|---|")
+    for label, source in sequences.items():
+        recording = record(source, work / source.name, config, model)
+        truth = find_truth(source, recording)
+        of_rows = candidate_outcomes(recording, truth)
+        could = findable_keyframes(recording, truth, config.min_time_gap_s)
+        revisits = np.flatnonzero(could)
+        first = np.arange(len(recording)) <= revisits[len(revisits) // 2]
+        for which, half in (("first", first), ("second", ~first)):
+            for target in TARGETS:
+                head = f"| {label}, {which} ({int((could & half).sum())}) | {target} | "
+                try:
+                    tuning = tune(recording, truth, config, model, target, queries=half)
+                except TuningError as error:
+                    print(f"{head}{error} | | |")
+                    continue
+                chosen = dataclasses.replace(config, **tuning.parameters)
+                made = judged(decide(recording, chosen, model), of_rows)[~half]
+                true, false = int((made == TRUE).sum()), int((made == FALSE).sum())
+                precision = true / (true + false) if true + false else float("nan")
+                within = tuning.precision.low <= precision <= tuning.precision.high
+                print(
+                    f"{head}{tuning.precision.value:.3f} "
+                    f"({tuning.precision.low:.2f} to {tuning.precision.high:.2f})"
+                    f"{'' if tuning.reached else ', not reached'} | "
+                    f"{precision:.3f} ({true} of {true + false})"
+                    f"{'' if within else ', OUTSIDE'} | "
+                    f"{float((made[could[~half]] == TRUE).mean()):.3f} |",
+                    flush=True,
+                )
 
 
 def draw_long(folder: Path, count: int) -> Truth:

@@ -104,7 +104,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Seen]]:
-    """``look(page)``: open it in headless Chromium, without network."""
+    """``look(page)``: open it in headless Chromium, without network, as broad as a phone, too."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_api.sync_playwright() as playwright:
@@ -128,6 +128,12 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], 
                 "all => all.map(e => [e.dataset.figure, +e.dataset.digits, e.innerText])",
             ):
                 texts.setdefault(name, []).append((text, digits))
+            too_wide = []
+            for width in (390, 1100):
+                page.set_viewport_size({"width": width, "height": 900})
+                too_wide.append(
+                    page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+                )
             seen = Seen(
                 texts,
                 page.inner_text("body"),
@@ -137,7 +143,7 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], 
                 ),
                 [url for url in requests if not url.startswith(("data:", "file:"))],
                 errors,
-                page.evaluate("document.documentElement.scrollWidth > window.innerWidth"),
+                any(too_wide),
             )
             page.close()
             return seen

@@ -174,8 +174,7 @@ def test_few_revisits_make_nobody_braver() -> None:
     assert few.parameters["min_agreeing_keyframes"] >= config.min_agreeing_keyframes
     assert few.parameters["match_threshold"] >= config.match_threshold
     assert few.reached and not few.promised and few.precision.low < 0.95
-    # 60 spans of so many keyframes as have to agree.
-    assert few.needed == 60 * few.parameters["min_agreeing_keyframes"]
+    assert few.needed == 60 * 5  # as many spans as have three errors at a precision of 0.95
     assert f"some {few.needed}, none of them false" in caution(few)
     many = tune(right, truth, config, NO_MODEL, 0.95)
     assert many.parameters["min_agreeing_keyframes"] == 1 and many.promised
@@ -234,18 +233,18 @@ def test_intervals_worked_by_hand() -> None:
     assert predicted(1.0, 20) == (17 / 20, 1.0)
     low, high = predicted(0.5, 100)
     assert low == pytest.approx(1 - high) and 0.35 < low < 0.38
-    # Of 40 right ones in spans of two there are 20 observations.
-    assert share(np.ones(40, np.bool_), 2).low == 17 / 20
-    # Two runs of four errors: as if there were 40 / 4 observations.
-    right = np.ones(40, np.bool_)
-    right[4:8] = right[20:24] = False
-    found = share(right, 1)
+    # Of 100 right ones in spans of five there are 20 observations.
+    assert share(np.ones(100, np.bool_)).low == 17 / 20
+    # Two runs of eight errors: as if there were 80 / 8 observations.
+    right = np.ones(80, np.bool_)
+    right[8:16] = right[40:48] = False
+    found = share(right)
     assert found.value == 0.8 and (found.low, found.high) == predicted(0.8, 10)
     # The same errors one by one say more.
-    alone = np.ones(40, np.bool_)
+    alone = np.ones(80, np.bool_)
     alone[::5] = False
-    assert alone.mean() == 0.8 and share(alone, 1).low > found.low
-    empty = share(np.zeros(0, np.bool_), 3)
+    assert alone.mean() == 0.8 and share(alone).low > found.low
+    empty = share(np.zeros(0, np.bool_))
     assert math.isnan(empty.value) and (empty.low, empty.high) == (0.0, 1.0)
 
 

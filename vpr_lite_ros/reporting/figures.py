@@ -120,9 +120,8 @@ def against_truth(
         stamps_of(recording).tolist(),
         config.min_time_gap_s,
     )
-    least = config.min_agreeing_keyframes
     given = outcomes[(outcomes == TRUE) | (outcomes == FALSE)]
-    precision, recall = share(given == TRUE, least), share(outcomes[could] == TRUE, least)
+    precision, recall = share(given == TRUE), share(outcomes[could] == TRUE)
     same = same_place(recording, truth)
     retrieved, reranked, detected = _answers(recording, truth, decisions, config)
     known = truth.judge.known(recording.frame)

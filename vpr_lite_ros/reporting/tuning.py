@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.config import Config
-from vpr_lite_ros.detector import LoopDetector
+from vpr_lite_ros.detector import AGREEMENT_WINDOW, LoopDetector
 from vpr_lite_ros.evaluation import Booleans, Integers
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.reporting.decisions import (
@@ -36,6 +36,8 @@ AGREEING = (1, 2, 3, 5)
 MATCH_LEVELS = 10
 INLIER_LEVELS = (0, 12, 20, 30)
 BLOCKS = 5
+SPAN = AGREEMENT_WINDOW
+"""Keyframes in a row share what they see, and errors come in runs: so many are one observation."""
 CAUTION = ((0.0, 0), (0.0, 1), (0.0, 2), (0.0, 3), (0.5, 0), (0.5, 2), (1.0, 0), (1.0, 2))
 """Ways to choose, ever more cautious: by how much of what the target leaves to perfection more is
 asked for, and how many levels the match threshold keeps away from where errors begin."""
@@ -93,9 +95,7 @@ class Tuning:
         if self.target >= 1:
             return 0
         # As many as have no more than three errors 19 times in 20, after one such without any.
-        return math.ceil(round(3 / (1 - self.target), 6)) * int(
-            self.parameters["min_agreeing_keyframes"]
-        )
+        return math.ceil(round(3 / (1 - self.target), 6)) * SPAN
 
 
 # -- the grid ------------------------------------------------------------------------------------
@@ -219,7 +219,6 @@ def tune(
         outcomes,
         could,
         blocks,
-        least=np.array([setting.min_agreeing_keyframes for setting in settings]),
         braver=_braver(settings, config, make_detector(recording, config, model)),
         levels=len({setting.match_threshold for setting in settings}),
         target=target,
@@ -232,7 +231,6 @@ def tune(
 
     chosen = choice.pick(everything)
     setting, all_of_it = settings[chosen], outcomes[chosen][asked]
-    least = setting.min_agreeing_keyframes
     given = held[(held == TRUE) | (held == FALSE)]
     true, false = (int((all_of_it == kind).sum()) for kind in (TRUE, FALSE))
     names = [
@@ -242,8 +240,8 @@ def tune(
     return Tuning(
         target=target,
         parameters={name: getattr(setting, name) for name in names},
-        precision=share(given == TRUE, least),
-        recall=share(held[could & asked] == TRUE, least),
+        precision=share(given == TRUE),
+        recall=share(held[could & asked] == TRUE),
         fitted_precision=true / (true + false) if true + false else math.nan,
         fitted_recall=float((all_of_it[could[asked]] == TRUE).mean()),
         closures=int((all_of_it != NONE).sum()),
@@ -272,8 +270,6 @@ class _Choice:
     """(S, B) findable keyframes with a true closure."""
     runs: Integers
     """(S, B) stretches of false closures, without a true one between."""
-    least: Integers
-    """(S,) keyframes in a row that each setting asks for."""
     braver: Booleans
     """(S,) which settings have to prove themselves."""
     levels: int
@@ -333,13 +329,15 @@ class _Choice:
         kept = kept.reshape(-1)
         if not kept.any():
             return int(np.lexsort((found, precision))[-1])
-        span = np.maximum(self.least, np.where(runs > 0, false / np.maximum(runs, 1), 1.0))
+        span = np.maximum(SPAN, false / np.maximum(runs, 1))
         proven = at_least(precision, given / span)
         allowed = kept & (~self.braver | (proven >= self.target))
         if not allowed.any():
             return int(np.lexsort((found, proven, kept))[-1])
-        # Of equal recall the strictest: it costs nothing.
-        return int(np.flatnonzero(allowed & (found == found[allowed].max()))[-1])
+        # Of equal recall the one in the middle: the loosest lets errors in elsewhere, the
+        # strictest just lets pass what was seen here.
+        equal = np.flatnonzero(allowed & (found == found[allowed].max()))
+        return int(equal[len(equal) // 2])
 
 
 def _runs(marked: Booleans) -> int:
@@ -355,11 +353,11 @@ def at_least(share: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[
     return np.asarray((share + squared / 2 - spread) / (1 + squared))
 
 
-def share(right: Booleans, least: int) -> Share:
+def share(right: Booleans) -> Share:
     """Share of ``right``, in order of time, with a 95% interval for another recording as long.
 
-    Keyframes in a row share what they see, so errors come in runs: as many observations count as
-    there are spans of ``least`` keyframes, or of the mean run of whichever outcome is rarer.
+    As many observations count as there are spans of ``SPAN``, or of the mean run of whichever
+    outcome is rarer.
     """
     count = len(right)
     if not count:
@@ -367,7 +365,7 @@ def share(right: Booleans, least: int) -> Share:
     value = float(right.mean())
     rarer = right if value < 0.5 else ~right
     runs = _runs(rarer)
-    span = max(float(least), int(rarer.sum()) / runs if runs else 1.0)
+    span = max(float(SPAN), int(rarer.sum()) / runs if runs else 1.0)
     low, high = predicted(value, max(1, round(count / span)))
     return Share(value, low, high, count)
 
