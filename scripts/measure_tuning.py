@@ -156,12 +156,12 @@ def long(count: int) -> None:
 
         def said(what: str, began: float) -> float:
             peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            now = time.perf_counter()
-            print(f"{what}: {now - began:.1f} s, peak memory {peak_mb:.0f} MB", flush=True)
-            return time.perf_counter()
+            spent = time.process_time() - began
+            print(f"{what}: {spent:.1f} s of CPU, peak memory {peak_mb:.0f} MB", flush=True)
+            return time.process_time()
 
         print(f"{count} keyframes, {size_mb:.0f} MB of scores")
-        now = said("before", time.perf_counter())
+        now = said("before", time.process_time())
         recording = read_recording(Path(name))
         now = said("read", now)
         decide(recording, Config(), model)

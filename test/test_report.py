@@ -353,6 +353,14 @@ def test_an_interrupted_report_shows_its_part_and_goes_on(
     assert whole["stopped"] is None and whole["keyframes"] == 2 * PLACES
     assert scores_of(tmp_path / "part") == scores_of(tmp_path / "whole")
 
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vpr_lite_ros.reporting.report.tune", interrupted)
+    capsys.readouterr()
+    assert main(command) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
 
 def bag_with_a_jump(lap: Path, path: Path) -> Path:
     """The same laps with odometry; the clock is set back within the second one, and again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,6 +149,21 @@ def test_settings_tried_together_decide_as_the_detector_does() -> None:
         for setting, made in zip(settings, together, strict=True):
             alone = judged(decide(recording, setting, model), of_rows)
             np.testing.assert_array_equal(made, alone)
+
+
+def test_a_longer_drive_takes_a_byte_more_for_each_setting() -> None:
+    """And some for each keyframe, but not the candidates as objects: these would be kilobytes."""
+    settings = [make_config({"match_threshold": level / 100}) for level in range(60)]
+    peaks, lengths = [], []
+    for laps in (8, 20):  # both longer than what is judged at a time
+        recording, truth = drawn_scores(3, laps)
+        of_rows = candidate_outcomes(recording, truth)
+        tracemalloc.start()
+        try_all(recording, of_rows, settings, NO_MODEL)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        lengths.append(len(recording))
+    assert (peaks[1] - peaks[0]) / (lengths[1] - lengths[0]) < len(settings) + 500
 
 
 def part_of(recording: Recording, count: int) -> Recording:

@@ -27,6 +27,7 @@ _SOURCE_ROS = "Source a ROS 2 installation and this package (install/setup.bash)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (without the program's name); return the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    args = argparse.Namespace(run=None)
     try:
         args = make_parser(COMMANDS).parse_args(argv)
         return int(args.run(args))
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vpr-lite: error: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
-        print("vpr-lite: interrupted", file=sys.stderr)
+        kept = "; the scores so far are kept, and the same command goes on from there"
+        said = kept if args.run in (report, tune) else ""
+        print(f"vpr-lite: interrupted{said}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # argparse, after --help and after wrong options
         return int(stop.code or OK)
