@@ -31,6 +31,7 @@ from vpr_lite_ros.reporting.decisions import (
     findable_keyframes,
     judged,
 )
+from vpr_lite_ros.reporting.figures import against_truth
 from vpr_lite_ros.reporting.recorder import record
 from vpr_lite_ros.reporting.recording import SCORES, STATE, read_recording
 from vpr_lite_ros.reporting.truth import Truth, find_truth
@@ -164,10 +165,14 @@ def long(count: int) -> None:
         now = said("before", time.process_time())
         recording = read_recording(Path(name))
         now = said("read", now)
-        decide(recording, Config(), model)
+        decisions = decide(recording, Config(), model)
         now = said("decide", now)
         tuning = tune(recording, truth, Config(), model, 0.99)
-        said(f"tune, {tuning.settings} settings", now)
+        now = said(f"tune, {tuning.settings} settings", now)
+        outcomes = judged(decisions, candidate_outcomes(recording, truth))
+        could = findable_keyframes(recording, truth, Config().min_time_gap_s)
+        against_truth(recording, decisions, truth, outcomes, could, Config())
+        said("figures of a report", now)
 
 
 def main() -> int:

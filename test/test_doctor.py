@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -288,6 +289,11 @@ def test_of_a_long_folder_only_some_files_are_read(
     findings = list(inspection.recording(folder, image_topic=None, odom_topic=None, rate_hz=1))
     assert findings[0].seen == "1000 images 320x240, 1 a second; 40 looked at"
     assert set(bad(findings)) == {"stamps go back"}, "stamps are all read"
+    calibration = {"fx": 256, "fy": 256, "cx": 160, "cy": 120, "width": 320, "height": 240}
+    (folder / "calib.json").write_text(json.dumps(calibration))
+    assert set(recording(folder)) == {"stamps go back"}
+    (folder / "calib.json").write_text(json.dumps({**calibration, "width": 640}))
+    assert "of another format" in recording(folder)["camera_info"].remedy
 
 
 # --- what is installed

@@ -15,6 +15,7 @@ from vpr_lite_ros.bags import SourceError, open_source
 from vpr_lite_ros.bags.pixels import UnusableImage, decode_message
 from vpr_lite_ros.bags.rosbag import Bag, is_bag
 from vpr_lite_ros.bags.sources import CAMERA_INFO_TYPE, IMAGE_TYPES, FolderSource, VideoSource
+from vpr_lite_ros.camera_file import camera_beside, read_camera
 from vpr_lite_ros.doctor import ok, problem, warning
 from vpr_lite_ros.health import SIZE, Finding, Severity, StreamHealth
 from vpr_lite_ros.matching import Camera
@@ -266,7 +267,17 @@ def _files(path: Path, rate_hz: float) -> Iterator[Finding]:
             yield ok("stamps", f"by frame number, {source.rate_hz:g} a second")
         elif not stamped:
             yield ok("stamps", f"none: taken as {rate_hz:g} a second (--rate)")
-        yield ok("camera_info", "none: `replay` takes a calibration with --camera")
+        yield _camera_of_files(path, stream)
+
+
+def _camera_of_files(path: Path, stream: Stream) -> Finding:
+    file = camera_beside(path) if path.is_dir() else None
+    if file is None:
+        return ok("camera_info", "none: `replay` and `report` take a calibration with --camera")
+    camera = read_camera(file)
+    size = next((size for size, _ in stream.sizes.most_common(1)), None)
+    matrix, distortion, model = camera.matrix, camera.distortion, camera.model
+    return judge_camera(file.name, (camera.width, camera.height), matrix, distortion, model, size)
 
 
 # -- what live topics are judged by, too -------------------------------------------------------

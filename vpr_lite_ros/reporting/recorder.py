@@ -18,8 +18,7 @@ import numpy as np
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vpr_lite_ros.bags import Source, SourceError, open_source
-from vpr_lite_ros.benchmarks import CAMERA_FILES
-from vpr_lite_ros.camera_file import read_camera
+from vpr_lite_ros.camera_file import camera_beside, read_camera
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase
 from vpr_lite_ros.detector import Decision, LoopDetector
@@ -228,7 +227,5 @@ def _camera(path: Path, source: Source, camera_file: Path | None) -> Camera | No
         return read_camera(camera_file)
     if (camera := source_camera(source)) is not None or not path.is_dir():
         return camera
-    folders = [path, path.parent] if path.name == "images" else [path]
-    beside = [folder / name for folder in folders for name in CAMERA_FILES]
-    found = next((file for file in beside if file.is_file()), None)
+    found = camera_beside(path)
     return read_camera(found) if found else None
