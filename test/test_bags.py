@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import StoragePlugin
 from rosbags.rosbag2 import Writer as Writer2
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from vpr_lite_ros.bags import (
     Poses,
@@ -30,6 +30,9 @@ from vpr_lite_ros.bags import (
 from vpr_lite_ros.simulation import simulate_drive
 
 ROS1, ROS2 = get_typestore(Stores.ROS1_NOETIC), get_typestore(Stores.ROS2_JAZZY)
+# ROS 1 calls it by the one name or the other, by how old the recording is.
+for transforms in ("tf2_msgs/msg/TFMessage", "tf/msg/tfMessage"):
+    ROS1.register(get_types_from_msg("geometry_msgs/TransformStamped[] transforms", transforms))
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 INFO, ODOMETRY = "sensor_msgs/msg/CameraInfo", "nav_msgs/msg/Odometry"
 SECOND = 10**9
@@ -137,9 +140,12 @@ def write_bag(path: Path, items: Iterable[Item], storage: str = "sqlite3") -> Pa
     return path
 
 
-def write_bag1(path: Path, items: Iterable[Item]) -> Path:
+def write_bag1(path: Path, items: Iterable[Item], compressed: bool = False) -> Path:
     connections: dict[str, Any] = {}
-    with Writer1(path) as writer:
+    writer = Writer1(path)
+    if compressed:
+        writer.set_compression(Writer1.CompressionFormat.BZ2)
+    with writer:
         for topic, time_ns, message in items:
             kind = message.__msgtype__
             if topic not in connections:
@@ -296,6 +302,7 @@ def test_unusable_frames_are_counted_said_once_and_left_out(
         raw(picture(), "rgb8", data=np.zeros(0, np.uint8)),
         raw(picture(), "hsv7"),
         raw(np.ones((48, 64), np.float32), "32FC1"),
+        raw(np.zeros((1, 640, 3), np.uint8), "rgb8"),
     ]
     path = write_bag(tmp_path / "b", [("/cam", n + 1, m) for n, m in enumerate(plain)])
     with open_source(path) as source:
@@ -305,6 +312,7 @@ def test_unusable_frames_are_counted_said_once_and_left_out(
             "empty image": 1,
             "encoding 'hsv7' is not a colour or grey image": 1,
             "encoding '32FC1' is not a colour or grey image": 1,
+            "not a picture": 1,
         }
 
 
@@ -558,31 +566,31 @@ def tf(*transforms: Any) -> Any:
     return ROS2.types["tf2_msgs/msg/TFMessage"](transforms=list(transforms))
 
 
-def where_it_was(kind: str, second: int) -> tuple[str, Any]:
-    """Topic and message that say: at ``second`` it was at x = ``second`` metres."""
-    at, types = second * SECOND, ROS2.types
-    point = types["geometry_msgs/msg/Point"](x=float(second), y=0.0, z=0.0)
+def where_it_was(kind: str, x: float, at: int) -> tuple[str, Any]:
+    """Topic and message that say: at nanosecond ``at`` it was at ``x`` metres."""
+    types = ROS2.types
     match kind:
         case "odometry":
-            return "/odom", odometry(float(second), at)
+            return "/odom", odometry(x, at)
         case "pose":
             named = types["geometry_msgs/msg/PoseStamped"]
-            return "/pose", named(header=header(at), pose=pose(float(second)))
+            return "/pose", named(header=header(at), pose=pose(x))
         case "point":
             named = types["geometry_msgs/msg/PointStamped"]
+            point = types["geometry_msgs/msg/Point"](x=x, y=0.0, z=0.0)
             return "/leica", named(header=header(at), point=point)
         case "transform":
-            return "/vicon", transform("world", "body", float(second), at)
+            return "/vicon", transform("world", "body", x, at)
         case "tf":
-            return "/tf", tf(transform("map", "base_link", float(second), at))
+            return "/tf", tf(transform("map", "base_link", x, at))
     # One degree of longitude at the equator is 111.3 km.
-    return "/fix", fix(0.0, second / 111319.49, at)
+    return "/fix", fix(0.0, x / 111319.49, at)
 
 
 @pytest.mark.parametrize("storage", ["sqlite3", "mcap"])
 @pytest.mark.parametrize("kind", ["odometry", "pose", "point", "transform", "tf", "fix"])
 def test_each_ground_truth_of_a_bag(tmp_path: Path, storage: str, kind: str) -> None:
-    said = [(second, *where_it_was(kind, second)) for second in range(1, 5)]
+    said = [(n, *where_it_was(kind, float(n), n * SECOND)) for n in range(1, 5)]
     items = three_images() + [(topic, n * SECOND, message) for n, topic, message in said]
     poses = read_poses(write_bag(tmp_path / "bag", items, storage))
     # Images are at 1, 2 and 3 s.

@@ -28,7 +28,9 @@ from vpr_lite_ros.calibration import (
     Curve,
     expected_calibration_error,
     features,
-    sequential,
+)
+from vpr_lite_ros.calibration import (
+    sequential as sequential_of,
 )
 from vpr_lite_ros.cli import main
 from vpr_lite_ros.config import make_config
@@ -45,6 +47,10 @@ MakePicture = Callable[..., Image]
 PRECISION = ((0.9, 0.2), (0.99, 0.6), (1.0, 0.8))
 CURVE = Curve(-1.0, (2.0, 0.5, 1.5), PRECISION)
 PLAIN = Curve(1.0, (3.0, 0.0, 0.0), PRECISION)
+
+
+def sequential(confidence: float, before: float) -> float:
+    return float(sequential_of(confidence, before))
 
 
 # The curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -28,8 +29,9 @@ from test_bags import (
     write_bag1,
 )
 
-from vpr_lite_ros import doctor, inspection
+from vpr_lite_ros import doctor, inspection, installation
 from vpr_lite_ros.cli import main
+from vpr_lite_ros.config import Config, make_config
 from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.health import Finding, Severity
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, Bundle, load_bundle
@@ -235,6 +237,65 @@ def test_a_long_recording_is_sampled_throughout() -> None:
     assert all(inspection._is_sample(index, 400) for index in range(400))
 
 
+@pytest.mark.parametrize("storage", ["sqlite3", "mcap"])
+def test_of_a_long_bag_stretches_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, make_picture: MakePicture
+) -> None:
+    monkeypatch.setattr(inspection, "READ", 200)
+    monkeypatch.setattr(inspection, "LOOKED_AT", 40)
+    data = [encoded(make_picture(number, SIZE)) for number in range(20)]
+    items: list[Item] = []
+    for number in range(3000):
+        now = 100 * SECOND + number * SECOND // 10
+        # A clock that was set back by ten seconds, between two stretches.
+        stamp = now - (10 * SECOND if number >= 1516 else 0)
+        items.append(("/cam/image/compressed", now, jpeg(data[number % 20], stamp)))
+        items.append(("/odom", now, odometry(0.1 * number, stamp)))
+    bag = write_bag(tmp_path / "bag", items, storage)
+    looked_at: list[object] = []
+    decode = inspection.decode_message
+
+    def counted(message: object) -> Image:
+        looked_at.append(message)
+        return decode(message)
+
+    monkeypatch.setattr(inspection, "decode_message", counted)
+    found = {
+        finding.name: finding
+        for finding in inspection.recording(bag, image_topic=None, odom_topic=None, rate_hz=1)
+    }
+    assert found["/cam/image/compressed"].seen == (
+        "3000 images jpeg 320x240, 10 a second; 40 looked at, stamps of 200 read, evenly spread"
+    )
+    assert len(looked_at) == 40
+    assert set(bad(found.values())) == {"stamps go back", "camera_info"}
+    assert "by up to" in found["stamps go back"].seen
+    assert found["odometry"].seen == "/odom: a pose for 200 of 200 images"
+
+
+def test_of_a_long_folder_only_some_files_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_picture: MakePicture
+) -> None:
+    monkeypatch.setattr(inspection, "LOOKED_AT", 40)
+    data = [encoded(make_picture(number, SIZE)).tobytes() for number in range(2)]
+    folder = tmp_path / "drive"
+    folder.mkdir()
+    for number in range(1000):  # those that are not looked at could not be decoded
+        looked_at = inspection._is_sample(number, 1000)
+        (folder / f"{number}.jpg").write_bytes(data[number % 2] if looked_at else b"")
+    (folder / "poses.csv").write_text(
+        "file,stamp_s,x,y\n" + "".join(f"{n}.jpg,{n - 9 * (n == 501)},0,0\n" for n in range(1000))
+    )
+    findings = list(inspection.recording(folder, image_topic=None, odom_topic=None, rate_hz=1))
+    assert findings[0].seen == "1000 images 320x240, 1 a second; 40 looked at"
+    assert set(bad(findings)) == {"stamps go back"}, "stamps are all read"
+    calibration = {"fx": 256, "fy": 256, "cx": 160, "cy": 120, "width": 320, "height": 240}
+    (folder / "calib.json").write_text(json.dumps(calibration))
+    assert set(recording(folder)) == {"stamps go back"}
+    (folder / "calib.json").write_text(json.dumps({**calibration, "width": 640}))
+    assert "of another format" in recording(folder)["camera_info"].remedy
+
+
 # --- what is installed
 
 
@@ -262,8 +323,8 @@ def test_a_cv_bridge_of_numpy_1_under_numpy_2_is_found(
     """What a binary built for NumPy 1 was seen to print under NumPy 2.2.6, and its other end."""
     (tmp_path / "cv_bridge.py").write_text(OLD_BINARY.format(fate=fate))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(doctor, "_version", lambda package: "2.2.6")
-    finding = doctor._cv_bridge()
+    monkeypatch.setattr(installation, "_version", lambda package: "2.2.6")
+    finding = installation._cv_bridge()
     assert finding.severity is Severity.ERROR
     assert "NumPy 2.2.6" in finding.seen and words in finding.seen
     assert "pip install 'numpy<2'" in finding.remedy
@@ -271,36 +332,36 @@ def test_a_cv_bridge_of_numpy_1_under_numpy_2_is_found(
 
 def test_a_cv_bridge_that_fits_is_fine() -> None:
     pytest.importorskip("cv_bridge")
-    finding = doctor._cv_bridge()
+    finding = installation._cv_bridge()
     assert finding.severity is Severity.OK and "NumPy" in finding.seen
 
 
 def test_a_middleware_that_is_not_installed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rclpy")
     monkeypatch.setenv("RMW_IMPLEMENTATION", "rmw_pigeon_cpp")
-    found = bad(doctor._ros())
+    found = bad(installation._ros())
     assert "rmw_pigeon_cpp" in found["ROS"].remedy
 
 
 def test_a_probe_says_how_it_ended() -> None:
-    assert doctor.probe("raise SystemExit('no such GPU')") == {"error": "no such GPU"}
-    assert doctor.probe("import os; os.abort()") == {"error": "it crashes (SIGABRT)"}
-    assert doctor.probe("import time; time.sleep(60)", timeout_s=0.5) == {
+    assert installation.probe("raise SystemExit('no such GPU')") == {"error": "no such GPU"}
+    assert installation.probe("import os; os.abort()") == {"error": "it crashes (SIGABRT)"}
+    assert installation.probe("import time; time.sleep(60)", timeout_s=0.5) == {
         "error": "no answer within 0.5 s"
     }
 
 
 def test_a_cpu_without_avx2_is_found() -> None:
     text = "processor : 0\nflags\t\t: fpu sse sse2 avx f16c\n"
-    finding = doctor.judge_cpu("x86_64", text, 4)
+    finding = installation.judge_cpu("x86_64", text, 4)
     assert finding.severity is Severity.WARNING and "lacks avx2, fma" in finding.seen
-    assert doctor.judge_cpu("aarch64", "Features : fp asimd\n", 4).severity is Severity.OK
-    assert doctor.judge_cpu("x86_64", "", 4).severity is Severity.OK, "unknown is not bad"
+    assert installation.judge_cpu("aarch64", "Features : fp asimd\n", 4).severity is Severity.OK
+    assert installation.judge_cpu("x86_64", "", 4).severity is Severity.OK, "unknown is not bad"
 
 
 def test_opencv_installed_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: "4.11.0.86")
-    finding = doctor._package("opencv", doctor.PACKAGES["opencv"][:2])
+    monkeypatch.setattr(installation, "_version", lambda package: "4.11.0.86")
+    finding = installation._package("opencv", installation.PACKAGES["opencv"][:2])
     assert finding.severity is Severity.WARNING and "pip uninstall" in finding.remedy
 
 
@@ -313,7 +374,7 @@ def bundle() -> Bundle:
 
 
 def test_each_backend_that_is_here_runs_the_model() -> None:
-    findings = {finding.name: finding for finding in doctor.model(DEFAULT_BUNDLE, "auto", 2)}
+    findings = {finding.name: finding for finding in installation.model(DEFAULT_BUNDLE, "auto", 2)}
     assert bad(findings.values()) == {}
     assert "describes an image in" in findings["onnxruntime"].seen
     assert "place-v4" in findings["bundle"].seen
@@ -322,17 +383,22 @@ def test_each_backend_that_is_here_runs_the_model() -> None:
 def test_a_backend_that_is_asked_for_and_not_here_is_a_problem() -> None:
     answers = {"onnxruntime": {"ms": 1.0}}
     refused = {"error": "tensorrt is not installed", "refused": True}
-    wanted = doctor._judge_backend("tensorrt", refused, answers, needed=True)
+    wanted = installation._judge_backend("tensorrt", refused, answers, needed=True)
     assert wanted.severity is Severity.ERROR
-    assert doctor._judge_backend("tensorrt", refused, answers, needed=False).severity is Severity.OK
-    crashed = doctor._judge_backend("openvino", {"error": "it crashes"}, answers, needed=False)
+    assert (
+        installation._judge_backend("tensorrt", refused, answers, needed=False).severity
+        is Severity.OK
+    )
+    crashed = installation._judge_backend(
+        "openvino", {"error": "it crashes"}, answers, needed=False
+    )
     assert crashed.severity is Severity.WARNING
 
 
 def test_an_answer_that_is_not_finite_or_another_is_a_problem() -> None:
     fine = {"version": "1", "ms": 1.0, "open_s": 1.0, "finite": True, "descriptor": [1.0, 0.0]}
     works = {"onnxruntime": fine}
-    judge = doctor._judge_backend
+    judge = installation._judge_backend
     assert judge("openvino", fine, works, needed=False).severity is Severity.OK
     broken = judge("openvino", {**fine, "finite": False}, works, needed=False)
     assert broken.severity is Severity.ERROR and "not finite" in broken.seen
@@ -341,19 +407,30 @@ def test_an_answer_that_is_not_finite_or_another_is_a_problem() -> None:
 
 
 def test_a_missing_bundle_is_a_problem(tmp_path: Path) -> None:
-    found = bad(doctor.model(tmp_path, "auto", 1))
+    found = bad(installation.model(tmp_path, "auto", 1))
     assert set(found) == {"bundle"} and str(tmp_path) in found["bundle"].seen
+
+
+def as_of_schema_1(path: Path) -> Path:
+    sql = sqlite3.connect(path)
+    sql.executescript("DROP INDEX heads; DROP TABLE checksums; PRAGMA user_version = 1;")
+    sql.close()
+    return path
+
+
+def stored_in(path: Path | str, **values: object) -> Config:
+    return make_config({"database_path": str(path), **values})
 
 
 def test_databases(tmp_path: Path, bundle: Bundle) -> None:
     def look(path: Path | str) -> dict[str, Finding]:
-        return bad(doctor.database(str(path), bundle))
+        return bad(doctor.database(stored_in(path), bundle))
 
     assert look("") == {} and look(tmp_path / "new.db") == {}
     assert not (tmp_path / "new.db").exists(), "nothing is made"
     assert "does not exist" in look("/nowhere/map.db")["database"].seen
     assert "is a folder" in look(tmp_path)["database"].seen
-    home = [finding.seen for finding in doctor.database("~/surely/not/here.db", bundle)]
+    home = [finding.seen for finding in doctor.database(stored_in("~/surely/not/here.db"), bundle)]
     assert "only a shell replaces" in home[0] and "does not exist" in home[1]
 
     def store(name: str, model_id: str) -> Path:
@@ -369,6 +446,13 @@ def test_databases(tmp_path: Path, bundle: Bundle) -> None:
     assert look(ours) == {}
     assert ours.read_bytes() == before, "nothing is written"
     assert "made with model other" in look(store("other.db", "other"))["database"].seen
+    assert look(ours) == {}
+    for mode, severity in (("mapping", Severity.WARNING), ("localization", Severity.ERROR)):
+        old = as_of_schema_1(store(f"{mode}.db", bundle.model_id))
+        finding = bad(doctor.database(stored_in(old, mode=mode), bundle))["database"]
+        assert "has schema 1" in finding.seen and finding.severity is severity
+    missing = stored_in(tmp_path / "none.db", mode="localization")
+    assert "does not exist" in bad(doctor.database(missing, bundle))["database"].seen
     newer = store("newer.db", bundle.model_id)
     sql = sqlite3.connect(newer)
     sql.execute("PRAGMA user_version = 99")
@@ -380,7 +464,7 @@ def test_databases(tmp_path: Path, bundle: Bundle) -> None:
     sql.close()
     assert "not made by vpr_lite_ros" in look(foreign)["database"].seen
     foreign.write_bytes(b"no database, but long enough to look like one with a header" * 20)
-    assert "cannot be read" in look(foreign)["database"].seen
+    assert "no database of vpr_lite_ros" in look(foreign)["database"].seen
 
 
 @contextmanager
@@ -405,11 +489,11 @@ def test_a_database_that_this_user_may_not_write_is_a_problem(
     modes = [one.stat().st_mode for one in above]
     try:
         with as_nobody():  # who may not even enter the folders above
-            assert "database" in bad(doctor.database(str(folder / "map.db"), bundle))
+            assert "database" in bad(doctor.database(stored_in(folder / "map.db"), bundle))
         for one in above:
             one.chmod(0o755)
         with as_nobody():
-            found = bad(doctor.database(str(folder / "map.db"), bundle))
+            found = bad(doctor.database(stored_in(folder / "map.db"), bundle))
     finally:
         for one, mode in zip(above, modes, strict=True):
             one.chmod(mode)
@@ -425,7 +509,7 @@ def test_a_full_disk_is_found(
     usage = type(shutil.disk_usage(tmp_path))
     for free, severity in ((10**7, Severity.ERROR), (10**9, Severity.WARNING)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(10**12, 0, free))
-        found = bad(doctor.database(str(tmp_path / "map.db"), bundle))
+        found = bad(doctor.database(stored_in(tmp_path / "map.db"), bundle))
         assert found["disk space"].severity is severity
 
 
@@ -436,8 +520,8 @@ def test_exit_codes_tell_problems_from_warnings(
     tmp_path: Path, good: list[Item], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(doctor, "installation", lambda: iter([doctor.ok("Python", "3.11")]))
-    monkeypatch.setattr(doctor, "model", lambda *_: iter([doctor.ok("bundle", "there")]))
+    monkeypatch.setattr(installation, "installation", lambda: iter([doctor.ok("Python", "3.11")]))
+    monkeypatch.setattr(installation, "model", lambda *_: iter([doctor.ok("bundle", "there")]))
     assert main(["doctor", str(write_bag(tmp_path / "good", good))]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "no problems, no warnings"

@@ -25,7 +25,8 @@ from vpr_lite_ros.inference import PlaceModel, open_model
 from vpr_lite_ros.matching import Status
 from vpr_lite_ros.replay import replay_recording
 from vpr_lite_ros.reporting.decisions import decide
-from vpr_lite_ros.reporting.recording import RecordingError, read_recording, record
+from vpr_lite_ros.reporting.recorder import record
+from vpr_lite_ros.reporting.recording import RecordingError, read_recording
 from vpr_lite_ros.simulation import simulate_drive
 
 Capture = pytest.CaptureFixture[str]
@@ -103,7 +104,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Seen]]:
-    """``look(page)``: open it in headless Chromium, without network."""
+    """``look(page)``: open it in headless Chromium, without network, as broad as a phone, too."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_api.sync_playwright() as playwright:
@@ -127,6 +128,12 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], 
                 "all => all.map(e => [e.dataset.figure, +e.dataset.digits, e.innerText])",
             ):
                 texts.setdefault(name, []).append((text, digits))
+            too_wide = []
+            for width in (390, 1100):
+                page.set_viewport_size({"width": width, "height": 900})
+                too_wide.append(
+                    page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+                )
             seen = Seen(
                 texts,
                 page.inner_text("body"),
@@ -136,7 +143,7 @@ def look(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], 
                 ),
                 [url for url in requests if not url.startswith(("data:", "file:"))],
                 errors,
-                page.evaluate("document.documentElement.scrollWidth > window.innerWidth"),
+                any(too_wide),
             )
             page.close()
             return seen
@@ -339,30 +346,61 @@ def test_an_interrupted_report_shows_its_part_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(PlaceModel, "describe", counted)
         whole = report(lap, tmp_path / "part", *chosen)
-        # What was finished is not worked out again, but for the frame before the break.
-        assert len(described) == 2 * PLACES - 12 + 1
+        # What was finished is not worked out again.
+        assert len(described) == 2 * PLACES - 12
         report(lap, tmp_path / "part", *chosen)
-        assert len(described) == 2 * PLACES - 12 + 1
+        assert len(described) == 2 * PLACES - 12
     assert whole["stopped"] is None and whole["keyframes"] == 2 * PLACES
     assert scores_of(tmp_path / "part") == scores_of(tmp_path / "whole")
 
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-def test_a_killed_recording_goes_on_after_its_last_whole_line(
-    lap: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setattr("vpr_lite_ros.reporting.report.tune", interrupted)
+    capsys.readouterr()
+    assert main(command) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def bag_with_a_jump(lap: Path, path: Path) -> Path:
+    """The same laps with odometry; the clock is set back within the second one, and again."""
+    bags = importlib.import_module("test_bags")
+    items = []
+    for number, file in enumerate(sorted(lap.glob("*.png"))):
+        picture = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+        stamp = (100 + number - 6 * (number >= 12) - 7 * (number >= 17)) * bags.SECOND
+        now = (100 + number) * bags.SECOND
+        items.append(("/camera/image", now, bags.raw(picture, "rgb8", stamp)))
+        items.append(("/odom", now, bags.odometry(10.0 * (number % PLACES), stamp)))
+    return bags.write_bag(path, items)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_wherever_a_recording_was_interrupted_it_ends_the_same(
+    lap: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:  # fmt: skip
+    """Asked to stop or killed; also just before and just after the clock jumps."""
+    bag = bag_with_a_jump(lap, tmp_path / "bag")
     config = settings(tiny_bundle)
     model = _open(config)
-    record(lap, tmp_path / "whole", config, model)
-    with monkeypatch.context() as patch:
-        Stop(patch, 9, MemoryError())
-        with pytest.raises(MemoryError):
-            record(lap, tmp_path / "part", config, model)
-    (folder,) = (tmp_path / "part").iterdir()
-    with (folder / "scores.jsonl").open("a") as file:
-        file.write('{"frame": 8, "stamp_ns"')
-    recording = record(lap, tmp_path / "part", config, model)
-    assert len(recording) == 2 * PLACES and not recording.stopped
-    assert scores_of(tmp_path / "part") == scores_of(tmp_path / "whole")
+    whole = record(bag, tmp_path / "whole", config, model)
+    assert sorted(set(whole.session)) == ["recording", "recording-2", "recording-3"]
+    assert whole.odometry and np.isfinite(whole.travelled_m).any()
+    work = tmp_path / "part"
+    for keyframes in range(1, 2 * PLACES, 2):  # so many more each time
+        with monkeypatch.context() as patch:
+            Stop(patch, 3, error)
+            try:
+                record(bag, work, config, model)
+            except MemoryError:
+                (folder,) = work.iterdir()
+                with (folder / "scores.jsonl").open("a") as file:
+                    file.write('{"frame": 8, "stamp_ns"')
+        assert len(read_recording(next(work.iterdir()))) == min(keyframes + 1, 2 * PLACES)
+    part = record(bag, work, config, model)
+    assert not part.stopped and part.frames == 2 * PLACES
+    assert scores_of(work) == scores_of(tmp_path / "whole")
 
 
 def test_scores_that_were_damaged_are_named(lap: Path, tiny_bundle: Path, tmp_path: Path) -> None:

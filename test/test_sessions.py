@@ -113,6 +113,40 @@ def test_after_a_reset_nothing_is_too_recent(open_database: Open) -> None:
     assert _found(database, 200 * SECOND) == {first}
 
 
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    open_database: Open, tmp_path: Path
+) -> None:
+    """Wherever it was interrupted, also just before and just after its clock jumps."""
+    stamps = [*range(0, 200, 10), *range(50, 150, 10), *range(1000, 1100, 10), *range(0, 60, 10)]
+
+    def step(database: KeyframeDatabase, number: int) -> tuple[object, ...]:
+        now = stamps[number] * SECOND
+        if number and stamps[number] < stamps[number - 1]:
+            database.begin_session(database.run)
+        found = database.search(describe(0).descriptor, 50, now, MINUTE)
+        keyframe_id = database.add(now, describe(number), POSE)
+        return database.session, found, keyframe_id, database.travelled_since(1, now, POSE)
+
+    def opened(name: str) -> KeyframeDatabase:
+        return open_database("run", path=tmp_path / name, resume=True)
+
+    whole = opened("whole.db")
+    expected = [step(whole, number) for number in range(len(stamps))]
+    assert [session for session, *_ in expected][::20] == ["run", "run-2", "run-3"]
+    for cut in range(1, len(stamps)):
+        before = opened(f"{cut}.db")
+        for number in range(cut):
+            step(before, number)
+        before.close()
+        after = opened(f"{cut}.db")
+        # What came after the last line that is whole is dropped.
+        dropped = min(cut, 3)
+        after.delete_after(cut - dropped)
+        seen = [step(after, number) for number in range(cut - dropped, len(stamps))]
+        assert repr(seen) == repr(expected[cut - dropped :]), f"interrupted after {cut}"
+        after.close()
+
+
 # Another robot
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from vpr_lite_ros.bags import Frame, Source, read_pairs, read_poses
 from vpr_lite_ros.bags.pixels import UnusableImage, decode_file
 from vpr_lite_ros.bags.sources import FolderSource
-from vpr_lite_ros.camera_file import read_camera
+from vpr_lite_ros.camera_file import camera_beside, read_camera
 from vpr_lite_ros.evaluation import (
     Booleans,
     GroundTruth,
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from vpr_lite_ros.datasets import PlaceDataset
 
 log = logging.getLogger(__name__)
-
-CAMERA_FILES = ("calib.json", "camera.json", "camera.yaml")
-"""Where a sequence's intrinsics may be, beside its images: see ``camera_file.read_camera``."""
 
 DATABASE_TRAVERSE = "day_right"
 QUERY_TRAVERSES = {"day": "day_left", "night": "night_right"}
@@ -309,8 +306,8 @@ def _from_poses(name: str, folder: Path, radius_m: float, rate_hz: float) -> Ben
 
 
 def _camera(folder: Path) -> Camera | None:
-    files = [folder / name for name in CAMERA_FILES if (folder / name).is_file()]
-    return read_camera(files[0]) if files else None
+    file = camera_beside(folder)
+    return read_camera(file) if file else None
 
 
 def _open(folder: Path, rate_hz: float = 1.0) -> FolderSource:

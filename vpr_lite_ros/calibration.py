@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 FEATURES = ("similarity", "match", "agreement")
 """In this order; ``features`` says of what."""
@@ -53,7 +53,7 @@ class Curve:
     def confidence(self, values: list[float]) -> float:
         """P(same place), 0…1."""
         logit = self.bias + sum(w * x for w, x in zip(self.weights, values, strict=True))
-        return _probability(max(-60.0, min(60.0, logit)))
+        return 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
 
     def threshold(self, target_precision: float) -> float:
         """Least confidence to accept; of targets above all that were measured, the highest."""
@@ -111,7 +111,7 @@ def _read_curve(entry: Any) -> Curve:
     return Curve(float(entry["bias"]), weights, precision)
 
 
-def sequential(confidence: float, before: float) -> float:
+def sequential(confidence: ArrayLike, before: ArrayLike) -> NDArray[np.float64]:
     """P(same place) by an image and by the keyframes before it.
 
     Log odds add up, as far as images are independent; those of keyframes in a row are not quite,
@@ -121,24 +121,21 @@ def sequential(confidence: float, before: float) -> float:
     Parameters
     ----------
     confidence
-        P by this image alone; NaN stays NaN.
+        P by this image alone, of any shape; NaN stays NaN.
     before
         What this function returned for the same stretch of the map at the keyframe before; 0 if
-        that keyframe did not point there.
+        that keyframe did not point there. NaN counts as 0.
     """
-    if before <= NEUTRAL:
-        return confidence
-    support = LASTING * (_log_odds(before) - _log_odds(NEUTRAL))
-    return _probability(_log_odds(confidence) + support)
+    alone, earlier = np.broadcast_arrays(np.asarray(confidence, float), np.asarray(before, float))
+    supported = np.asarray(earlier > NEUTRAL)
+    support = LASTING * (_log_odds(np.where(supported, earlier, NEUTRAL)) - _log_odds(NEUTRAL))
+    together = 1 / (1 + np.exp(-(_log_odds(alone) + support)))
+    return np.asarray(np.where(supported, together, alone))
 
 
-def _log_odds(probability: float) -> float:
-    inside = min(max(probability, 1e-15), 1 - 1e-15) if probability == probability else math.nan
-    return math.log(inside / (1 - inside))
-
-
-def _probability(log_odds: float) -> float:
-    return 1 / (1 + math.exp(-log_odds))
+def _log_odds(probability: ArrayLike) -> NDArray[np.float64]:
+    inside = np.clip(probability, 1e-15, 1 - 1e-15)
+    return np.asarray(np.log(inside / (1 - inside)))
 
 
 def expected_calibration_error(

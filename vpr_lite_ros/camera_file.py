@@ -17,6 +17,16 @@ ACCEPTED = (
     "camera_matrix or K (9 numbers); P (12 numbers, of rectified images)"
 )
 
+BESIDE = ("calib.json", "camera.json", "camera.yaml")
+"""Names that a calibration may have beside images."""
+
+
+def camera_beside(folder: Path) -> Path | None:
+    """The calibration that lies with a folder of images, or beside its ``images``, if any."""
+    folders = [folder, folder.parent] if folder.name == "images" else [folder]
+    files = [one / name for one in folders for name in BESIDE]
+    return next((file for file in files if file.is_file()), None)
+
 
 def read_camera(path: Path) -> Camera:
     """Read intrinsics, in pixels, from JSON or YAML.

@@ -27,6 +27,7 @@ _SOURCE_ROS = "Source a ROS 2 installation and this package (install/setup.bash)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (without the program's name); return the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    args = argparse.Namespace(run=None)
     try:
         args = make_parser(COMMANDS).parse_args(argv)
         return int(args.run(args))
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vpr-lite: error: {error}", file=sys.stderr)
         return WRONG_USE
     except KeyboardInterrupt:
-        print("vpr-lite: interrupted", file=sys.stderr)
+        kept = "; the scores so far are kept, and the same command goes on from there"
+        said = kept if args.run in (report, tune) else ""
+        print(f"vpr-lite: interrupted{said}", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # argparse, after --help and after wrong options
         return int(stop.code or OK)
@@ -329,22 +332,23 @@ def train(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Say what is installed, whether the model runs, and whether a recording or topic fits."""
-    from vpr_lite_ros import doctor as rooms
+    from vpr_lite_ros.doctor import Report, database
     from vpr_lite_ros.inference import DEFAULT_BUNDLE, BundleError, load_bundle
     from vpr_lite_ros.inspection import recording
+    from vpr_lite_ros.installation import installation, model
 
     if args.source is not None and args.topic is not None:
         raise config.ConfigError("pass either SOURCE or --topic")
     settings = config.make_config(settings_of(args))
     path = Path(settings.bundle) if settings.bundle else DEFAULT_BUNDLE
-    report = rooms.Report()
-    report.section("installed", rooms.installation())
-    report.section("model", rooms.model(path, settings.backend, settings.threads))
+    report = Report()
+    report.section("installed", installation())
+    report.section("model", model(path, settings.backend, settings.threads))
     try:
         bundle = load_bundle(path)
     except BundleError:
         bundle = None  # which has been said
-    report.section("database", rooms.database(settings.database_path, bundle))
+    report.section("database", database(settings, bundle))
     if args.source is not None:
         found = recording(
             args.source,

@@ -67,6 +67,9 @@ class KeyframeDatabase:
     session, robot_id
         Stored with every keyframe that is added. A session of that name that the file already
         has is continued.
+    resume
+        All that the file holds is one run that was interrupted and now goes on: in its last
+        session, as if nothing had happened.
     read_only
         Nothing is written; a read-only medium will do.
     max_keyframes, max_bytes
@@ -89,12 +92,16 @@ class KeyframeDatabase:
         max_patches: int,
         session: str,
         robot_id: int = 0,
+        resume: bool = False,
         read_only: bool = False,
         max_keyframes: int = 0,
         max_bytes: int = 0,
     ) -> None:
         self.path = str(path)
         self.model_id, self.session, self.robot_id = model_id, session, robot_id
+        self.run = session
+        """Name of the first session of this run; of those after it ``begin_session`` makes more."""
+        self._resume = resume
         self.dimension, self.max_patches = dimension, max_patches
         self.read_only = read_only
         self.max_keyframes, self.max_bytes = max_keyframes, max_bytes
@@ -163,6 +170,8 @@ class KeyframeDatabase:
         for head in self._file.heads():
             waiting[filled] = head.descriptor
             filled += 1
+            if self._resume and head.session != self.session:
+                self._continue_in(head.session)
             # What a localising robot finds in the file is none of its own run.
             self._remember(head, not self.read_only)
             if filled == len(waiting):
@@ -207,11 +216,14 @@ class KeyframeDatabase:
         while (self.robot_id, name) in self._drives | dict.fromkeys(self._drives_of_this_run, 0):
             number += 1
             name = f"{taken}-{number}"
-        self.session = name
-        self._drives_of_this_run.add((self.robot_id, name))
+        self._continue_in(name)
+        return name
+
+    def _continue_in(self, session: str) -> None:
+        self.session = session
+        self._drives_of_this_run.add((self.robot_id, session))
         if self._last_moment is not None:
             self._jump_ns = None
-        return name
 
     def _moment(self, stamp_ns: int) -> int:
         """``stamp_ns`` on this run's clock, which goes on where it was when a session begins."""
@@ -371,10 +383,8 @@ class KeyframeDatabase:
         """Metres driven by odometry from a keyframe to ``pose`` at ``stamp_ns``, both of the
         running session; NaN where that is not known."""
         drive = self._drives.get((self.robot_id, self.session), -1)
-        rows = self._rows[: self._count]
-        number = int(np.searchsorted(rows["id"], keyframe_id))
-        known = number < self._count and rows["id"][number] == keyframe_id
-        if not known or rows["drive"][number] != drive or np.isnan(rows["pose"][number][0]):
+        rows, number = self._rows[: self._count], self._row_of(keyframe_id)
+        if number is None or rows["drive"][number] != drive or np.isnan(rows["pose"][number][0]):
             return math.nan
         here = np.zeros((), _ROW)
         here["stamp"], here["pose"] = stamp_ns, (*pose.position, *pose.quaternion)
@@ -399,6 +409,18 @@ class KeyframeDatabase:
         """
         with self._leaving_out_damage(keyframe_id):
             return self._file.keyframe(keyframe_id)
+
+    def descriptor(self, keyframe_id: int) -> NDArray[np.float32]:
+        """Global descriptor (D,) of a keyframe; ``KeyError`` if there is none."""
+        row = self._row_of(keyframe_id)
+        if row is None:
+            raise KeyError(f"database {self.path} has no keyframe {keyframe_id}")
+        return np.asarray(self._index.reconstruct(row), np.float32)
+
+    def _row_of(self, keyframe_id: int) -> int | None:
+        ids = self._rows["id"][: self._count]
+        row = int(np.searchsorted(ids, keyframe_id))
+        return row if row < self._count and ids[row] == keyframe_id else None
 
     def tokens(self, ids: Sequence[int]) -> NDArray[np.float16]:
         """Tokens (B, N, D) of the keyframes ``ids``; ``KeyError`` if one is missing."""
@@ -457,6 +479,7 @@ class KeyframeDatabase:
         """Delete what was stored after this keyframe, as if it had never been; 0 deletes all."""
         ids = self._rows["id"][: self._count]
         self._file.delete(ids[ids > keyframe_id].tolist())
+        self.session = self.run
         self._clear_memory()
         self._load()
 

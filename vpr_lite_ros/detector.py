@@ -124,7 +124,6 @@ class LoopDetector:
 
     def __init__(self, config: Config, model: PlaceModel, database: KeyframeDatabase) -> None:
         self.model, self.database = model, database
-        self._session = database.session
         self.configure(config)
         self.forget()
 
@@ -215,10 +214,14 @@ class LoopDetector:
         self._last_descriptor = description.descriptor
         return decision
 
-    def resume(self, stamp_ns: int, pose: Pose | None, description: Description) -> None:
-        """Go on as if the last keyframe in the database, described anew, had just been stored."""
-        self._last_stamp_ns, self._last_pose = stamp_ns, pose
-        self._last_descriptor = description.descriptor
+    def resume(self) -> None:
+        """Go on as if the last keyframe of the database's running session had just been stored.
+
+        Only which keyframes were about to agree is not known any more.
+        """
+        last = self.database.keyframe(self.database.last_id)
+        self._last_stamp_ns, self._last_pose = last.stamp_ns, last.pose
+        self._last_descriptor = self.database.descriptor(last.id)
         self._comparable_from = 0
 
     def query(
@@ -368,7 +371,7 @@ class LoopDetector:
         if self._last_stamp_ns is None or stamp_ns >= self._last_stamp_ns - CLOCK_TOLERANCE_NS:
             return
         self.forget()
-        decision.new_session = self.database.begin_session(self._session)
+        decision.new_session = self.database.begin_session(self.database.run)
 
     def _store(
         self,
@@ -430,9 +433,8 @@ class LoopDetector:
                 <= AGREEMENT_WINDOW
             ]
             candidate.agreeing = 1 + max((before.agreeing for before in near), default=0)
-            candidate.confidence = sequential(
-                candidate.confidence_alone, max((before.confidence for before in near), default=0.0)
-            )
+            earlier = max((before.confidence for before in near), default=0.0)
+            candidate.confidence = float(sequential(candidate.confidence_alone, earlier))
             candidate.status = self.judge(candidate)
             if candidate.status is not Status.NOT_BEST:
                 continue

@@ -1,53 +1,28 @@
-"""What ``vpr-lite doctor`` finds on this machine: software, model, database; and how it says so.
+"""What ``vpr-lite doctor`` says, and what it finds of the database.
 
-Whatever may crash (a binary built for another NumPy or another CPU, a broken middleware) is
-tried in a process of its own. Recordings are looked at in ``inspection.py``, topics in
+The machine is looked at in ``installation.py``, recordings in ``inspection.py``, topics in
 ``live.py``.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import platform
 import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
-import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from importlib import metadata
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from vpr_lite_ros import config
+from vpr_lite_ros.config import Config
 from vpr_lite_ros.health import Finding, Severity
-from vpr_lite_ros.inference import (
-    ALIKE_COSINE,
-    TENSORRT,
-    Bundle,
-    BundleError,
-    load_bundle,
-)
-from vpr_lite_ros.storage import APPLICATION_ID, SCHEMA_VERSION
+from vpr_lite_ros.inference import Bundle
+from vpr_lite_ros.storage import DatabaseError, KeyframeFile, OldSchemaError
 
 FINE, PROBLEMS, WARNINGS = 0, 1, 3
 """Exit codes."""
-PROBE_TIMEOUT_S = 120.0
 LEAST_KEYFRAMES, ENOUGH_KEYFRAMES = 100, 5000
 """With disk space for fewer keyframes there is an error, or a warning."""
-NUMPY_1 = "compiled using NumPy 1.x"
-"""What NumPy 2 says of a binary that it cannot run."""
-PACKAGES = {
-    "numpy": ("numpy",),
-    "opencv": ("opencv-python-headless", "opencv-python", "opencv-contrib-python"),
-    "faiss": ("faiss-cpu", "faiss-gpu"),
-    "rosbags": ("rosbags",),
-}
-"""What the library cannot do without, by the names it may be installed under."""
 WORDS = {Severity.OK: "ok", Severity.WARNING: "warning", Severity.ERROR: "PROBLEM"}
 
 
@@ -72,7 +47,7 @@ class Report:
     def end(self) -> int:
         """Print the sum and return the exit code."""
         problems, warnings = self.count(Severity.ERROR), self.count(Severity.WARNING)
-        print(f"{_number(problems, 'problem')}, {_number(warnings, 'warning')}")
+        print(f"{number(problems, 'problem')}, {number(warnings, 'warning')}")
         return PROBLEMS if problems else WARNINGS if warnings else FINE
 
 
@@ -83,7 +58,8 @@ def _lines(finding: Finding) -> str:
     return head + "\n" + textwrap.indent(textwrap.fill(finding.remedy, 90), 10 * " ")
 
 
-def _number(count: int, what: str) -> str:
+def number(count: int, what: str) -> str:
+    """How many, for people: no problems, 1 problem."""
     return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
@@ -99,253 +75,35 @@ def problem(name: str, seen: str, remedy: str) -> Finding:
     return Finding(name, Severity.ERROR, seen, remedy)
 
 
-# -- what is installed -------------------------------------------------------------------------
-
-
-def installation() -> Iterator[Finding]:
-    """Python, CPU, packages, ROS."""
-    version = platform.python_version()
-    if sys.version_info[:2] > (3, 12):
-        yield warning(
-            "Python",
-            f"{version}; this release is tested with 3.10 to 3.12",
-            "If something fails, use a Python of that range.",
-        )
-    else:
-        yield ok("Python", version)
-    yield _cpu()
-    for name, names in PACKAGES.items():
-        yield _package(name, names)
-    yield from _ros()
-
-
-def _cpu() -> Finding:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    return judge_cpu(platform.machine(), text, os.cpu_count() or 1)
-
-
-def judge_cpu(machine: str, cpuinfo: str, cores: int) -> Finding:
-    """What ``/proc/cpuinfo`` says of the instructions that networks run on."""
-    flags: set[str] = set()
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
-    wanted = ("avx2", "fma", "f16c") if machine == "x86_64" else ("asimd",)
-    extra = ("avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "asimdhp", "bf16", "i8mm")
-    has = [name for name in (*wanted, *extra) if name in flags]
-    seen = f"{machine}, {_number(cores, 'core')}, {' '.join(has) or 'instruction set unknown'}"
-    missing = [name for name in wanted if name not in flags]
-    if flags and missing:
-        return warning(
-            "CPU",
-            f"{seen}; lacks {', '.join(missing)}",
-            "The networks will be several times slower. In a virtual machine, pass the host's "
-            "CPU through; else use a GPU, or a longer keyframe.min_interval_s.",
-        )
-    return ok("CPU", seen)
-
-
-def _package(name: str, names: tuple[str, ...]) -> Finding:
-    found = [
-        version if one == name else f"{version} ({one})"
-        for one in names
-        if (version := _version(one))
-    ]
-    module = {"opencv": "cv2"}.get(name, name)
-    seen = ", ".join(found)
-    try:
-        imported = importlib.import_module(module)
-    except Exception as error:  # binaries that do not fit raise what they like
-        return problem(
-            name,
-            f"{seen or 'not installed'}: {error}",
-            f"Install it: pip install -r requirements/runtime.txt, or pip install {names[0]}.",
-        )
-    if len(found) > 1:
-        return warning(
-            name,
-            f"installed {len(found)} times: {seen}",
-            f"They overwrite each other's files: pip uninstall -y {' '.join(names)}; "
-            f"pip install {names[0]}.",
-        )
-    return ok(name, seen or f"{getattr(imported, '__version__', 'of unknown version')}")
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _ros() -> Iterator[Finding]:
-    if importlib.util.find_spec("rclpy") is None:
-        sourced = os.environ.get("ROS_DISTRO")
-        seen = "rclpy is not there: the node does not run here; the library and `replay` do"
-        if not sourced:
-            yield ok("ROS", seen)
-            return
-        yield problem(
-            "ROS",
-            f"{sourced} is sourced, but rclpy cannot be found by {sys.executable}",
-            "Use the Python that this distribution was built for, with PYTHONPATH untouched.",
-        )
-        return
-    answer = probe(_TRY_ROS)
-    distribution = os.environ.get("ROS_DISTRO", "of unknown distribution")
-    domain = os.environ.get("ROS_DOMAIN_ID", "0")
-    if "rmw" not in answer:
-        asked = os.environ.get("RMW_IMPLEMENTATION")
-        yield problem(
-            "ROS",
-            f"{distribution}: rclpy does not start: {answer['error']}",
-            f"RMW_IMPLEMENTATION is {asked}: install that middleware, or unset it."
-            if asked
-            else "Source the distribution's setup.bash in a fresh shell.",
-        )
-    else:
-        yield ok("ROS", f"{distribution}, {answer['rmw']}, domain {domain}{_reach()}")
-        if "messages" in answer:
-            yield ok("messages", "vpr_lite_ros/msg and srv are built")
-        else:
-            yield problem(
-                "messages",
-                f"vpr_lite_ros.msg cannot be imported: {answer['no_messages']}",
-                "Build the package with colcon (or make build) and source install/setup.bash.",
-            )
-    yield _cv_bridge()
-
-
-def _reach() -> str:
-    for name in ("ROS_AUTOMATIC_DISCOVERY_RANGE", "ROS_LOCALHOST_ONLY", "ROS_STATIC_PEERS"):
-        if value := os.environ.get(name):
-            return f", {name} {value}"
-    return ""
-
-
-def _cv_bridge() -> Finding:
-    """The bridge from messages to pixels, whose binaries fit one major version of NumPy."""
-    numpy = _version("numpy")
-    if importlib.util.find_spec("cv_bridge") is None:
-        return problem(
-            "cv_bridge",
-            "not installed: the node cannot read images",
-            f"sudo apt install ros-{os.environ.get('ROS_DISTRO', '<distro>')}-cv-bridge",
-        )
-    answer = probe(_TRY_CV_BRIDGE)
-    if answer.get("works"):
-        return ok("cv_bridge", f"converts images, with NumPy {numpy}")
-    seen = f"with NumPy {numpy} it fails: {answer['error']}"
-    if int(numpy.partition(".")[0] or 0) >= 2:
-        remedy = (
-            "It was built for NumPy 1, as on Humble, Jazzy and Kilted: pip install 'numpy<2' "
-            "'opencv-python-headless<4.12'"
-        )
-    else:
-        remedy = (
-            "Install the one of your distribution (ros-<distro>-cv-bridge) for the Python that "
-            "runs here, and pip install -r requirements/runtime.txt"
-        )
-    return problem("cv_bridge", seen, remedy)
-
-
-# -- model -------------------------------------------------------------------------------------
-
-
-def model(bundle_path: Path, wanted: str, threads: int) -> Iterator[Finding]:
-    """Does the bundle load, and does each backend that is here give a good answer?"""
-    try:
-        bundle = load_bundle(bundle_path)
-    except BundleError as error:
-        yield problem("bundle", str(error), "Leave `bundle` empty for the one that ships.")
-        return
-    width, height = bundle.image_size
-    yield ok(
-        "bundle",
-        f"{bundle.model_id}, input {width}x{height}, {bundle.max_patches} patches, confidence "
-        f"{'calibrated' if bundle.calibration else 'not calibrated'}",
-    )
-    names = [name for name in config.parameters()["backend"].choices if name != "auto"]
-    answers = {name: _try_backend(bundle, name, threads) for name in names}
-    works = {name: answer for name, answer in answers.items() if "ms" in answer}
-    for name, answer in answers.items():
-        needed = name == wanted or (not works and wanted == "auto")
-        yield _judge_backend(name, answer, works, needed)
-
-
-def _try_backend(bundle: Bundle, name: str, threads: int) -> dict[str, Any]:
-    if name == TENSORRT:
-        # Opening it would build its engines, which takes minutes.
-        return probe(_TRY_TENSORRT)
-    return probe(_TRY_MODEL, str(bundle.path), name, str(threads))
-
-
-def _judge_backend(
-    name: str, answer: dict[str, Any], works: dict[str, Any], needed: bool
-) -> Finding:
-    if "gpu" in answer:
-        return ok(
-            name,
-            f"{answer['version']} on {answer['gpu']}; `vpr-lite build-engine` tries the model",
-        )
-    if "ms" not in answer:
-        error = answer["error"]
-        if answer.get("refused") and not needed:
-            return ok(name, f"not here: {error}")
-        return Finding(
-            name,
-            Severity.ERROR if needed else Severity.WARNING,
-            error,
-            "pip install openvino onnxruntime, or choose another `backend`.",
-        )
-    seen = (
-        f"{answer['version']}, describes an image in {answer['ms']:.0f} ms, "
-        f"opens in {answer['open_s']:.1f} s"
-    )
-    if not answer["finite"]:
-        return problem(name, f"{seen}, but its answer is not finite", "Choose another `backend`.")
-    reference = next(iter(works.values()))["descriptor"]
-    cosine = sum(a * b for a, b in zip(reference, answer["descriptor"], strict=True))
-    if not cosine >= ALIKE_COSINE:
-        return problem(
-            name,
-            f"{seen}, but describes it otherwise than {next(iter(works))}: cosine {cosine:.4f}, "
-            f"expected {ALIKE_COSINE}",
-            "Update it, or choose another `backend`; do not share a database between the two.",
-        )
-    return ok(name, seen)
-
-
 # -- database ----------------------------------------------------------------------------------
 
 
 _RIGHTS = "Give this user the right (chown, chmod, remount), or pass another database_path."
 
 
-def database(path_text: str, bundle: Bundle | None) -> Iterator[Finding]:
-    """Can the node open ``database_path`` and go on writing to it? Nothing is written here."""
-    if not path_text:
+def database(settings: Config, bundle: Bundle | None) -> Iterator[Finding]:
+    """Can the node open ``database_path`` and go on writing to it? Nothing is written here.
+
+    ``bundle`` is None if it could not be loaded.
+    """
+    if not settings.database_path:
         yield ok("database", "database_path is empty: keyframes are gone when the node ends")
         return
-    path = Path(path_text).expanduser()
     try:
-        yield from _database(path_text, path, bundle)
+        yield from _database(settings, bundle)
     except OSError as error:  # a folder on the way that this user may not enter
         yield problem("database", str(error), _RIGHTS)
 
 
-def _database(path_text: str, path: Path, bundle: Bundle | None) -> Iterator[Finding]:
-    if path_text.startswith("~") and not Path(path_text).exists():
+def _database(settings: Config, bundle: Bundle | None) -> Iterator[Finding]:
+    path = Path(settings.database_path).expanduser()
+    if settings.database_path.startswith("~") and not Path(settings.database_path).exists():
         yield warning(
             "database",
-            f"{path_text} begins with ~, which only a shell replaces",
+            f"{settings.database_path} begins with ~, which only a shell replaces",
             f"Write {path} into the parameter file.",
         )
+    reads_only = settings.mode == "localization"
     exists = path.exists()
     if path.is_dir():
         yield problem("database", f"{path} is a folder", f"Pass a file: {path / 'map.db'}")
@@ -355,70 +113,47 @@ def _database(path_text: str, path: Path, bundle: Bundle | None) -> Iterator[Fin
             "database", f"the folder {path.parent} does not exist", f"mkdir -p {path.parent}"
         )
         return
-    if exists:
-        yield from _stored(path, bundle)
+    if bundle is not None and exists and (path.stat().st_size or reads_only):
+        yield _stored(path, bundle, reads_only)
+    elif exists or not reads_only:
+        yield ok("database", f"{path} {'is empty' if exists else 'is not there yet: it is made'}")
     else:
-        yield ok("database", f"{path} does not exist yet: it will be made")
+        yield problem(
+            "database", f"{path} does not exist", "Map the place first: mode mapping makes it."
+        )
+    if reads_only:
+        return
     for place in (path.parent, *([path] if exists else [])):
         if not os.access(place, os.W_OK):
-            yield problem(
-                "database",
-                f"{place} cannot be written by user {os.getuid()}",
-                _RIGHTS,
-            )
+            yield problem("database", f"{place} cannot be written by user {os.getuid()}", _RIGHTS)
             return
     yield _space(path.parent.resolve(), bundle)
 
 
-def _stored(path: Path, bundle: Bundle | None) -> Iterator[Finding]:
+def _stored(path: Path, bundle: Bundle, reads_only: bool) -> Finding:
+    """What the node will say when it opens the file: the same code reads it, all descriptors."""
     try:
-        sql = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
-        try:
-            application, version = (
-                sql.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("application_id", "user_version")
+        with closing(
+            KeyframeFile(
+                str(path),
+                model_id=bundle.model_id,
+                dimension=bundle.dimension,
+                max_patches=bundle.max_patches,
+                read_only=True,
             )
-            tables = sql.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if tables == 0:
-                yield ok("database", f"{path} is empty")
-                return
-            if application != APPLICATION_ID:
-                yield problem(
-                    "database",
-                    f"{path} was not made by vpr_lite_ros",
-                    "Pass another database_path: this file is left as it is.",
-                )
-                return
-            (made_with,) = sql.execute("SELECT model_id FROM model").fetchone()
-            (keyframes,) = sql.execute("SELECT count(*) FROM keyframes").fetchone()
-        finally:
-            sql.close()
-    except (sqlite3.Error, TypeError) as error:
-        yield problem(
-            "database",
-            f"{path} cannot be read: {error}",
-            "Restore it from a copy, or pass another database_path.",
-        )
-        return
-    seen = f"{path}: {keyframes} keyframes, schema {version}, {path.stat().st_size / 1e6:.1f} MB"
-    if version != SCHEMA_VERSION:
-        newer = version > SCHEMA_VERSION
-        yield Finding(
-            "database",
-            Severity.ERROR if newer else Severity.WARNING,
-            f"{seen}; this release writes schema {SCHEMA_VERSION}",
-            "Use the release that made it, or pass another database_path."
-            if newer
-            else "Keep a copy before this release opens it.",
-        )
-    elif bundle is not None and made_with != bundle.model_id:
-        yield problem(
-            "database",
-            f"{seen}; made with model {made_with}, but {bundle.model_id} is to run",
-            "Pass the bundle it was made with, or another database_path.",
-        )
-    else:
-        yield ok("database", seen)
+        ) as file:
+            drives = Counter((head.robot_id, head.session) for head in file.heads())
+    except OldSchemaError as error:
+        if not reads_only:
+            return warning("database", error.seen, "Keep a copy before this release opens it.")
+        return problem("database", str(error), "A copy of it will do, if it is to stay as it is.")
+    except DatabaseError as error:
+        return problem("database", str(error), "The node does not start with it as it is.")
+    return ok(
+        "database",
+        f"{path}: {number(sum(drives.values()), 'keyframe')} of "
+        f"{number(len(drives), 'session')}, {path.stat().st_size / 1e6:.1f} MB",
+    )
 
 
 def _space(folder: Path, bundle: Bundle | None) -> Finding:
@@ -433,116 +168,3 @@ def _space(folder: Path, bundle: Bundle | None) -> Finding:
     return (
         warning("disk space", seen, remedy) if room < ENOUGH_KEYFRAMES else ok("disk space", seen)
     )
-
-
-# -- processes of their own --------------------------------------------------------------------
-
-
-def probe(program: str, *arguments: str, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any]:
-    """Run a program in another Python that finds the same modules; what it writes as JSON.
-
-    ``error`` holds the reason if there is no answer.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer"
-        # Imported from "/": the folder that the user stands in must not hide a package.
-        start = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); sys.argv.pop(0)\n"
-        command = [sys.executable, "-c", start + textwrap.dedent(program)]
-        command += [json.dumps([str(Path(entry).resolve()) for entry in sys.path])]
-        try:
-            done = subprocess.run(
-                [*command, str(answer), *arguments],
-                cwd="/", capture_output=True, text=True, errors="replace", timeout=timeout_s,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"error": f"no answer within {timeout_s:g} s"}
-        if done.returncode == 0 and answer.is_file():
-            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            return found
-    if done.returncode < 0:
-        return {"error": f"it crashes ({signal.Signals(-done.returncode).name})"}
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    # NumPy's explanation comes first, and at the end a SystemError that explains nothing.
-    telling = [line for line in lines if NUMPY_1 in line] + lines[-1:]
-    return {"error": telling[0] if telling else f"exit code {done.returncode}"}
-
-
-_TRY_ROS = """
-    import rclpy
-    rclpy.init()
-    node = rclpy.create_node("vpr_lite_doctor")
-    answer = {"rmw": rclpy.get_rmw_implementation_identifier()}
-    node.destroy_node()
-    rclpy.shutdown()
-    try:
-        from vpr_lite_ros.msg import LoopClosure
-        answer["messages"] = str(LoopClosure().status)
-    except Exception as error:
-        answer["no_messages"] = str(error)
-    with open(sys.argv[0], "w") as file:
-        json.dump(answer, file)
-"""
-_TRY_CV_BRIDGE = """
-    import numpy
-    from cv_bridge import CvBridge
-    bridge = CvBridge()
-    picture = numpy.arange(48, dtype=numpy.uint8).reshape(4, 4, 3)
-    message = bridge.cv2_to_imgmsg(picture, "rgb8")
-    back = bridge.imgmsg_to_cv2(message, "passthrough")
-    assert (numpy.asarray(back) == picture).all(), "pixels come back changed"
-    with open(sys.argv[0], "w") as file:
-        json.dump({"works": True}, file)
-"""
-_TRY_TENSORRT = """
-    from vpr_lite_ros import inference
-    try:
-        import importlib.util
-        for module in ("tensorrt", "pycuda"):
-            if importlib.util.find_spec(module) is None:
-                raise inference.BackendError(f"{module} is not installed")
-        import tensorrt
-        from vpr_lite_ros.tensorrt_runner import Gpu
-        answer = {"version": tensorrt.__version__, "gpu": Gpu().name}
-    except inference.BackendError as error:
-        answer = {"error": str(error), "refused": True}
-    with open(sys.argv[0], "w") as file:
-        json.dump(answer, file)
-"""
-_TRY_MODEL = """
-    import time
-    from importlib import metadata
-    from pathlib import Path
-    import numpy
-    from vpr_lite_ros import inference
-    file, bundle, name, threads = sys.argv
-    try:
-        began = time.perf_counter()
-        model = inference.open_model(Path(bundle), name, int(threads))
-        opened = time.perf_counter()
-        width, height = model.bundle.image_size
-        # Stripes of all widths: any picture will do that is not flat.
-        ramp = numpy.cumsum(numpy.linspace(0, 4, width)) % 256
-        picture = numpy.repeat(numpy.tile(ramp, (height, 1))[:, :, None], 3, 2).astype("uint8")
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            description = model.describe(picture)
-            times.append(time.perf_counter() - start)
-        score, assignment = model.match(description.tokens, description.tokens[None])
-        parts = (description.descriptor, description.tokens, score, assignment)
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = model.backend
-        answer = {
-            "version": version,
-            "open_s": opened - began,
-            "ms": 1e3 * float(numpy.median(times[1:])),
-            "finite": all(bool(numpy.isfinite(part).all()) for part in parts),
-            "descriptor": [float(value) for value in description.descriptor],
-        }
-    except inference.BackendError as error:
-        answer = {"error": str(error), "refused": True}
-    with open(file, "w") as out:
-        json.dump(answer, out)
-"""

@@ -188,16 +188,24 @@ class StreamHealth:
         self.see_stamp(stamp_ns, arrival_ns)
         self.see_image(image)
 
-    def see_stamp(self, stamp_ns: int, arrival_ns: int | None = None) -> None:
+    def see_stamp(
+        self, stamp_ns: int, arrival_ns: int | None = None, *, follows: bool = True
+    ) -> None:
         """Take the stamp of an image whose pixels are not looked at.
 
         ``arrival_ns`` is when it came, by any clock that does not jump; without it, a jump of
-        the camera's clock cannot be told from a gap.
+        the camera's clock cannot be told from a gap. An image does not follow the one before if
+        others came between that nobody looked at: then it tells nothing of the pace.
         """
         waited = None
         if arrival_ns is not None and self._last_arrival_ns is not None:
             waited = arrival_ns - self._last_arrival_ns
         self._last_arrival_ns = arrival_ns
+        if not follows and stamp_ns and self._last_stamp_ns is not None:
+            step = stamp_ns - self._last_stamp_ns
+            if step >= 0 and (waited is None or step - waited <= JUMP_NS):
+                self._last_stamp_ns = stamp_ns
+                return
         if stamp_ns == 0:
             self._steps.append((None, waited))
             return

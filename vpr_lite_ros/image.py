@@ -46,7 +46,7 @@ def decode_message(message: Any) -> Image:
                 f"{len(message.data)} bytes of format {message.format!r} do not decode to an "
                 "image; is the link losing packets?",
             )
-        return _checked(np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8))
+        return checked(np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8))
     if message.height == 0 or message.width == 0:
         raise ImageError("empty image", f"size {message.width}x{message.height}")
     if len(message.data) < message.height * message.step:
@@ -62,7 +62,7 @@ def decode_message(message: Any) -> Image:
         raise ImageError(
             "unknown encoding", f"{message.encoding!r} cannot be converted to RGB: {error}"
         ) from error
-    return _checked(image)
+    return checked(image)
 
 
 def _packed(message: Any, bridge: Any) -> Any:
@@ -134,7 +134,7 @@ def fit(image: Image, size: tuple[int, int]) -> Image:
     ImageError
         ``empty image``, ``not RGB`` or ``not a picture``.
     """
-    _checked(image)
+    checked(image)
     if (image.shape[1], image.shape[0]) == size:
         return np.ascontiguousarray(image)
     shrinks = image.shape[0] * image.shape[1] > size[0] * size[1]
@@ -142,7 +142,8 @@ def fit(image: Image, size: tuple[int, int]) -> Image:
     return np.asarray(cv2.resize(image, size, interpolation=method), np.uint8)
 
 
-def _checked(image: Image) -> Image:
+def checked(image: Image) -> Image:
+    """``image``, if it is one that the rest of the package can use; else ``ImageError``."""
     if image.size == 0:
         raise ImageError("empty image", f"array of shape {image.shape}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,21 @@ from vpr_lite_ros.bags import SourceError, open_source
 from vpr_lite_ros.bags.pixels import UnusableImage, decode_message
 from vpr_lite_ros.bags.rosbag import Bag, is_bag
 from vpr_lite_ros.bags.sources import CAMERA_INFO_TYPE, IMAGE_TYPES, FolderSource, VideoSource
+from vpr_lite_ros.camera_file import camera_beside, read_camera
 from vpr_lite_ros.doctor import ok, problem, warning
 from vpr_lite_ros.health import SIZE, Finding, Severity, StreamHealth
 from vpr_lite_ros.matching import Camera
-from vpr_lite_ros.odometry import odometry_topics, read_odometry
+from vpr_lite_ros.odometry import ODOMETRY_TOLERANCE_NS, ODOMETRY_TYPE, odometry_topics
 from vpr_lite_ros.progress import progress
 
 LOOKED_AT = 400
-"""Images of a recording that are decoded, evenly spread and two at a time; stamps are all read."""
+"""Images of a recording that are decoded, evenly spread and two at a time."""
+READ = 2000
+"""Messages of a bag with more images than this that are read, ..."""
+IN_A_ROW = 20
+"""... so many at a time, for their stamps to tell the pace."""
+AROUND_NS = 1_000_000_000
+"""Poses recorded this long before and after some images are looked for theirs."""
 RECORDED_SHARE = 0.05
 """Share of bad images from which there is a warning: a recording is judged as a whole."""
 STAMPS_KEPT = 1_000_000
@@ -39,14 +47,19 @@ class Stream:
         self.unusable: Counter[str] = Counter()
         self.stamps_ns: list[int] = []
 
-    def note_message(self, message: Any, stamp_ns: int, arrival_ns: int) -> None:
-        """Take a sensor_msgs Image or CompressedImage, its pixels not yet looked at."""
+    def note_message(
+        self, message: Any, stamp_ns: int, arrival_ns: int, follows: bool = True
+    ) -> None:
+        """Take a sensor_msgs Image or CompressedImage, its pixels not yet looked at.
+
+        It does not follow the one before if others came between that nobody read.
+        """
         self.count += 1
         self.encodings[getattr(message, "format", "") or getattr(message, "encoding", "")] += 1
         self.frames[message.header.frame_id] += 1
         if len(self.stamps_ns) < STAMPS_KEPT:
             self.stamps_ns.append(stamp_ns)
-        self.health.see_stamp(stamp_ns, arrival_ns)
+        self.health.see_stamp(stamp_ns, arrival_ns, follows=follows)
 
     def look_at(self, message: Any) -> None:
         """Decode a message and judge its pixels."""
@@ -61,15 +74,21 @@ class Stream:
         self.sizes[(image.shape[1], image.shape[0])] += 1
         self.health.see_image(image)
 
-    def findings(self, name: str) -> Iterator[Finding]:
-        """What there is, and what is wrong with it; the first line names the stream."""
+    def findings(self, name: str, total: int | None = None) -> Iterator[Finding]:
+        """What there is, and what is wrong with it; the first line names the stream.
+
+        ``total`` says how many images there are, if not all were counted.
+        """
         looked = sum(self.sizes.values())
         sizes = ", ".join(f"{width}x{height}" for (width, height), _ in self.sizes.most_common(3))
         encodings = ", ".join(name or "''" for name, _ in self.encodings.most_common(3))
         rate = self.health.rate_hz
         pace = "" if math.isnan(rate) else f", {rate:.3g} a second"
         kind = f" {encodings}" if encodings else ""
-        yield ok(name, f"{self.count} {self.unit}{kind} {sizes}{pace}; {looked} looked at")
+        seen = f"{looked} looked at"
+        if total is not None and self.count < total:
+            seen += f", stamps of {self.count} read, evenly spread"
+        yield ok(name, f"{total or self.count} {self.unit}{kind} {sizes}{pace}; {seen}")
         for cause, count in self.unusable.items():
             total = looked + sum(self.unusable.values())
             yield Finding(
@@ -134,25 +153,48 @@ def _bag(path: Path, image_topic: str | None, odom_topic: str | None) -> Iterato
                 "Choose one with --image-topic; here each is looked at.",
             )
         for topic in topics:
-            yield from _bag_topic(bag, topic, path, odom_topic)
+            yield from _bag_topic(bag, topic, odom_topic)
     finally:
         bag.close()
 
 
-def _bag_topic(bag: Bag, topic: str, path: Path, odom_topic: str | None) -> Iterator[Finding]:
+def _bag_topic(bag: Bag, topic: str, odom_topic: str | None) -> Iterator[Finding]:
     total = bag.count(topic)
     stream = Stream(StreamHealth(LOOKED_AT, STAMPS_KEPT, RECORDED_SHARE), "images")
-    for index, (time_ns, message) in enumerate(
-        progress(bag.messages(topic), total, "image", f"looking at {topic}")
-    ):
+    stretches: list[list[int]] = []
+    for follows, is_sample, time_ns, message in _read(bag, topic, total):
         stamp = message.header.stamp
-        stream.note_message(message, stamp.sec * 10**9 + stamp.nanosec, time_ns)
-        if _is_sample(index, total):
+        stream.note_message(message, stamp.sec * 10**9 + stamp.nanosec, time_ns, follows)
+        if not follows or not stretches:
+            stretches.append([time_ns, time_ns])
+        stretches[-1][1] = time_ns
+        if is_sample:
             stream.look_at(message)
-    yield from stream.findings(topic)
+    yield from stream.findings(topic, total)
     size = next((size for size, _ in stream.sizes.most_common(1)), None)
     yield from _bag_camera(bag, topic, size)
-    yield from _bag_odometry(bag, path, odom_topic, stream.stamps_ns)
+    yield _bag_odometry(bag, odom_topic, stream.stamps_ns, stretches)
+
+
+def _read(bag: Bag, topic: str, total: int) -> Iterator[tuple[bool, bool, int, Any]]:
+    """All messages of a topic, or, of many, stretches of them, evenly spread in time.
+
+    With each: whether it follows the one before, whether to look at its pixels, and the time of
+    recording.
+    """
+    if total <= READ:
+        messages = progress(bag.messages(topic), total, "image", f"looking at {topic}")
+        for index, (time_ns, message) in enumerate(messages):
+            yield True, _is_sample(index, total), time_ns, message
+        return
+    count = READ // IN_A_ROW
+    begin, end = bag.times_ns
+    edges = [begin + (end - begin) * number // count for number in range(count + 1)]
+    for start, stop in progress(itertools.pairwise(edges), count, "stretch", f"looking at {topic}"):
+        for index, (time_ns, message) in enumerate(
+            itertools.islice(bag.messages(topic, start, stop), IN_A_ROW)
+        ):
+            yield index > 0, index < LOOKED_AT // count, time_ns, message
 
 
 def _is_sample(index: int, total: int) -> bool:
@@ -182,43 +224,60 @@ def _bag_camera(bag: Bag, topic: str, size: tuple[int, int] | None) -> Iterator[
 
 
 def _bag_odometry(
-    bag: Bag, path: Path, wanted: str | None, stamps_ns: Sequence[int]
-) -> Iterator[Finding]:
+    bag: Bag, wanted: str | None, stamps_ns: Sequence[int], stretches: Sequence[Sequence[int]]
+) -> Finding:
+    """Of the images of some stretches, from when to when they were recorded."""
     topics = odometry_topics(bag)
     if wanted is None and len(topics) > 1:
-        yield warning(
+        return warning(
             "odometry",
             f"{len(topics)} topics: {', '.join(topics)}",
             "Choose one with --odom-topic; without, none is used.",
         )
-        return
     if (wanted is None and not topics) or wanted == "":
-        yield NO_ODOMETRY
-        return
-    found = read_odometry(path, wanted)
-    assert found is not None
-    known = sum(found.at(stamp) is not None for stamp in stamps_ns)
-    yield judge_odometry(found.topic, known, len(stamps_ns))
+        return NO_ODOMETRY
+    topic = bag.choose_topic((ODOMETRY_TYPE,), wanted, "odometry", "--odom-topic")
+    poses_ns = [
+        message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+        for begin, end in stretches
+        for _, message in bag.messages(topic, begin - AROUND_NS, end + AROUND_NS)
+    ]
+    return judge_odometry(topic, with_a_pose(stamps_ns, poses_ns), len(stamps_ns))
 
 
 def _files(path: Path, rate_hz: float) -> Iterator[Finding]:
     with open_source(path, rate_hz=rate_hz) as source:
         stream = Stream(StreamHealth(LOOKED_AT, STAMPS_KEPT, RECORDED_SHARE), "images")
-        total = len(source)
+        stream.count = total = len(source)
         stamped = isinstance(source, FolderSource) and source.stamped
-        for index, frame in enumerate(progress(source, total, "image", "looking")):
-            stream.count += 1
-            if stamped:
-                stream.health.see_stamp(frame.stamp_ns)
-            if _is_sample(index, total):
-                stream.note_picture(frame.image)
+        if isinstance(source, FolderSource) and stamped:
+            stamps = [stamp_ns for stamp_ns, _ in source.listing() if stamp_ns is not None]
+            for stamp_ns in stamps:
+                # A table may begin at zero, which in a message says that there is no stamp.
+                stream.health.see_stamp(stamp_ns - min(stamps[0], 0) + 1)
+        assert isinstance(source, (FolderSource, VideoSource))
+        chosen = source.sample(lambda index: _is_sample(index, total))
+        for frame in progress(chosen, min(total, LOOKED_AT), "image", f"looking at {path.name}"):
+            stream.note_picture(frame.image)
+        if not stream.sizes and not source.skipped:
+            raise SourceError(f"{path}: no frame of this video could be decoded")
         stream.unusable.update(source.skipped)
         yield from stream.findings(path.name)
         if isinstance(source, VideoSource):
             yield ok("stamps", f"by frame number, {source.rate_hz:g} a second")
         elif not stamped:
             yield ok("stamps", f"none: taken as {rate_hz:g} a second (--rate)")
-        yield ok("camera_info", "none: `replay` takes a calibration with --camera")
+        yield _camera_of_files(path, stream)
+
+
+def _camera_of_files(path: Path, stream: Stream) -> Finding:
+    file = camera_beside(path) if path.is_dir() else None
+    if file is None:
+        return ok("camera_info", "none: `replay` and `report` take a calibration with --camera")
+    camera = read_camera(file)
+    size = next((size for size, _ in stream.sizes.most_common(1)), None)
+    matrix, distortion, model = camera.matrix, camera.distortion, camera.model
+    return judge_camera(file.name, (camera.width, camera.height), matrix, distortion, model, size)
 
 
 # -- what live topics are judged by, too -------------------------------------------------------
@@ -242,6 +301,15 @@ def no_camera_info(seen: str) -> Finding:
 
 
 NO_ODOMETRY = ok("odometry", "none: keyframes are chosen by appearance, which does as well")
+
+
+def with_a_pose(stamps_ns: Sequence[int], poses_ns: Sequence[int]) -> int:
+    """How many of the images have a pose near enough to their stamp; both in any order."""
+    poses = np.sort(np.array(poses_ns, np.int64))
+    stamps = np.array(stamps_ns, np.int64)
+    first = np.searchsorted(poses, stamps - ODOMETRY_TOLERANCE_NS, "left")
+    last = np.searchsorted(poses, stamps + ODOMETRY_TOLERANCE_NS, "right")
+    return int((last > first).sum())
 
 
 def judge_odometry(topic: str, known: int, images: int) -> Finding:

@@ -27,9 +27,9 @@ from vpr_lite_ros.inspection import (
     judge_camera,
     judge_odometry,
     no_camera_info,
+    with_a_pose,
 )
 from vpr_lite_ros.messages import stamp_ns
-from vpr_lite_ros.odometry import ODOMETRY_TOLERANCE_NS
 
 DISCOVERY_S = 5.0
 """How long to wait for publishers."""
@@ -218,12 +218,8 @@ class _Ears:
                 f"{len(topics)} topics: {', '.join(topics)}",
                 "Remap the one to use to odom (odom_topic of the launch file).",
             )
-        poses = np.array(self.odometry_ns, np.int64)
-        known = sum(
-            bool((np.abs(poses - stamp) <= ODOMETRY_TOLERANCE_NS).any())
-            for stamp in self.stream.stamps_ns
-        )
-        return judge_odometry(topics[0], known, len(self.stream.stamps_ns))
+        stamps_ns = self.stream.stamps_ns
+        return judge_odometry(topics[0], with_a_pose(stamps_ns, self.odometry_ns), len(stamps_ns))
 
 
 def _nobody(node: Node, name: str) -> Finding:

@@ -283,7 +283,7 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
         "--rate", type=_positive, default=1.0, metavar="HZ", help="of images without stamps"
     )
     parser.add_argument("--params", type=Path, metavar="FILE", help="ROS parameter file (YAML)")
-    names = "bundle", "backend", "threads", "database_path", "image_transport", "qos.image"
+    names = "bundle", "backend", "threads", "database_path", "mode", "image_transport", "qos.image"
     _add_some_parameters(parser, names)
 
 

@@ -73,6 +73,14 @@ class DatabaseError(RuntimeError):
     """A database that cannot be used or written; the message names the file and why."""
 
 
+class OldSchemaError(DatabaseError):
+    """A file of an earlier release that is only read, and so cannot be brought up to date."""
+
+    def __init__(self, seen: str, remedy: str) -> None:
+        super().__init__(f"{seen}: {remedy}")
+        self.seen = seen
+
+
 class DamageError(DatabaseError):
     """What was read is not what was written."""
 
@@ -243,9 +251,9 @@ class KeyframeFile:
                 f"database {self.path} was not made by vpr_lite_ros: pass another database_path"
             )
         if version == 1 and self.read_only:
-            raise DatabaseError(
-                f"database {self.path} has schema 1, this release reads schema {SCHEMA_VERSION}: "
-                "open it once in mode mapping, which brings it there"
+            raise OldSchemaError(
+                f"database {self.path} has schema 1, this release reads schema {SCHEMA_VERSION}",
+                "open it once in mode mapping, which brings it there",
             )
         if not 1 <= version <= SCHEMA_VERSION:
             raise DatabaseError(

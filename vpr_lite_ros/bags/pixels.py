@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from rosbags.image import ImageError, message_to_cvimage
 from rosbags.image.image import to_cvtype
 
+from vpr_lite_ros.image import ImageError as UnfitError
+from vpr_lite_ros.image import checked
+
 # OpenCV's names for plain pixels say nothing about colour; drivers that use them mean these.
 _UNNAMED_COLOURS = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8"}
 
@@ -108,4 +111,7 @@ def decode_message(message: Any) -> NDArray[np.uint8]:
 
 
 def _as_uint8(image: Any) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(image, dtype=np.uint8)
+    try:
+        return checked(np.ascontiguousarray(image, dtype=np.uint8))
+    except UnfitError as error:
+        raise UnusableImage(error.cause) from error

@@ -112,15 +112,26 @@ class Bag:
             )
         return topics[0]
 
-    def messages(self, topic: str) -> Iterator[tuple[int, Any]]:
+    @property
+    def times_ns(self) -> tuple[int, int]:
+        """When the first message was recorded and, exclusive, the last, nanoseconds."""
+        return int(self._reader.start_time), int(self._reader.end_time)
+
+    def messages(
+        self, topic: str, start_ns: int | None = None, stop_ns: int | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield (time of recording in nanoseconds, message) of a topic in order of time.
+
+        With ``start_ns`` and ``stop_ns`` only those recorded from the one to before the other.
 
         Raises
         ------
         SourceError
             If the bag is damaged.
         """
-        messages = self._reader.messages(connections=self._connections(topic))
+        messages = self._reader.messages(
+            connections=self._connections(topic), start=start_ns, stop=stop_ns
+        )
         while True:
             try:
                 connection, time_ns, raw = next(messages)

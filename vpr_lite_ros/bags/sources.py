@@ -13,10 +13,11 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +35,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 CAMERA_INFO_TYPE = "sensor_msgs/msg/CameraInfo"
+Wanted = Callable[[int], bool]
+"""Whether a frame of this number, from 0, is wanted."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,15 @@ class FolderSource(Source):
         return [(self._stamps.get(frame_key(file.name)), file.name) for file in self._files]
 
     def frames(self) -> Iterator[Frame]:
-        for file, (stamp_ns, _) in zip(self._files, self.listing(), strict=True):
+        return self.sample(lambda index: True)
+
+    def sample(self, wanted: Wanted) -> Iterator[Frame]:
+        """The usable frames of the ``wanted`` numbers; other files are not read."""
+        for index, (file, (stamp_ns, _)) in enumerate(
+            zip(self._files, self.listing(), strict=True)
+        ):
+            if not wanted(index):
+                continue
             if stamp_ns is None:
                 self._skip("no stamp in poses.csv", file.name)
                 continue
@@ -287,6 +298,26 @@ class VideoSource(Source):
     def __len__(self) -> int:
         return self._count
 
+    def sample(self, wanted: Wanted) -> Iterator[Frame]:
+        """Frames of the ``wanted`` numbers, as exactly as the video can be wound to them."""
+        capture = self._open()
+        try:
+            at = 0
+            for index in filter(wanted, range(self._count)):
+                if index != at:
+                    capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+                found, bgr = capture.read()
+                if not found:
+                    return
+                yield self._frame(index, bgr)
+                at = index + 1
+        finally:
+            capture.release()
+
+    def _frame(self, index: int, bgr: Any) -> Frame:
+        image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+        return Frame(round(index * 1e9 / self.rate_hz), image, str(index))
+
     def frames(self) -> Iterator[Frame]:
         capture = self._open()
         try:
@@ -295,8 +326,7 @@ class VideoSource(Source):
                 found, bgr = capture.read()
                 if not found:
                     break
-                image = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
-                yield Frame(round(index * 1e9 / self.rate_hz), image, str(index))
+                yield self._frame(index, bgr)
                 index += 1
         finally:
             capture.release()

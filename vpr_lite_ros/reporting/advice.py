@@ -16,8 +16,9 @@ REMEDIES = {
     "FEW_MATCHES": "lower min_matches",
     "GEOMETRY": "check the calibration of the camera, then lower min_inliers",
     "LOW_CONFIDENCE": "lower target_precision, or calibrate the model on this site",
-    "NOT_CONSISTENT": "lower min_agreeing_keyframes, or store keyframes more often "
-    "(keyframe.min_interval_s)",
+    "NOT_CONSISTENT": "the first ones of each revisit always are, which is what "
+    "min_agreeing_keyframes costs; with keyframes stored more often (keyframe.min_interval_s) "
+    "the robot gets less far meanwhile",
     "NOT_BEST": "another keyframe won that shows another place",
     "ACCEPTED": "another keyframe won that shows another place",
 }
@@ -88,8 +89,9 @@ def advice(figures: Record, target: float) -> list[Record]:
         found.append(
             _says(
                 WARN,
-                f"A keyframe takes up to {slowest:.0f} ms on this machine, longer than "
-                f"keyframe.min_interval_s: lower top_k, or the node will drop images",
+                f"One keyframe in twenty takes more than {slowest:.0f} ms on this machine, which "
+                f"is longer than keyframe.min_interval_s ({interval_ms:.0f} ms): lower top_k, or "
+                "the node will drop images",
             )
         )
     return found

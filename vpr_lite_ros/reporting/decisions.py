@@ -123,16 +123,29 @@ def furthest(ends: list[Status]) -> Status:
     return max(ends, key=_RANK.__getitem__, default=Status.NO_CANDIDATE)
 
 
-def judged(recording: Recording, truth: Truth, closures: Integers) -> Outcomes:
-    """(K,) what became of each keyframe whose closure is ``closures`` (K,), keyframe numbers."""
-    outcomes = np.full(len(recording), NONE, np.int8)
-    for keyframe in np.flatnonzero(closures >= 0).tolist():
-        pair = recording.frame[[keyframe, int(closures[keyframe])]]
-        if not truth.judge.known(pair).all():
-            outcomes[keyframe] = UNJUDGED
-        else:
-            same = truth.judge.same_place(int(pair[0]), pair[1:])[0]
-            outcomes[keyframe] = TRUE if same else FALSE
+def candidate_outcomes(recording: Recording, truth: Truth) -> Outcomes:
+    """(M,) what would become of a keyframe whose closure is this candidate."""
+    known = truth.judge.known(recording.frame)
+    queries = np.repeat(np.arange(len(recording)), np.diff(recording.first))
+    outcomes = np.where(same_place(recording, truth), TRUE, FALSE).astype(np.int8)
+    outcomes[~(known[queries] & known[recording.match])] = UNJUDGED
+    return outcomes
+
+
+def same_place(recording: Recording, truth: Truth) -> Booleans:
+    """(M,) which candidates show the place of their keyframe; False where not known."""
+    same = np.zeros(len(recording.match), np.bool_)
+    for keyframe, frame in enumerate(recording.frame.tolist()):
+        rows = recording.rows(keyframe)
+        same[rows] = truth.judge.same_place(frame, recording.frame[recording.match[rows]])
+    return same
+
+
+def judged(decisions: Decisions, of_rows: Outcomes) -> Outcomes:
+    """(K,) what became of each keyframe; ``of_rows`` as ``candidate_outcomes`` returns it."""
+    closed = decisions.row >= 0
+    outcomes = np.full(len(closed), NONE, np.int8)
+    outcomes[closed] = of_rows[decisions.row[closed]]
     return outcomes
 
 

@@ -23,8 +23,9 @@ from vpr_lite_ros.reporting.decisions import (
     closures,
     furthest,
     make_detector,
+    same_place,
 )
-from vpr_lite_ros.reporting.parameter_file import parameter_file
+from vpr_lite_ros.reporting.parameter_file import caution, parameter_file
 from vpr_lite_ros.reporting.recording import Recording
 from vpr_lite_ros.reporting.truth import Truth, stamps_of
 from vpr_lite_ros.reporting.tuning import Tuning, share
@@ -120,9 +121,8 @@ def against_truth(
         stamps_of(recording).tolist(),
         config.min_time_gap_s,
     )
-    least = config.min_agreeing_keyframes
     given = outcomes[(outcomes == TRUE) | (outcomes == FALSE)]
-    precision, recall = share(given == TRUE, least), share(outcomes[could] == TRUE, least)
+    precision, recall = share(given == TRUE), share(outcomes[could] == TRUE)
     same = same_place(recording, truth)
     retrieved, reranked, detected = _answers(recording, truth, decisions, config)
     known = truth.judge.known(recording.frame)
@@ -155,15 +155,6 @@ def against_truth(
         "missed": dict(missed.most_common()),
         "outcomes": [STORED_OUTCOMES[outcome] for outcome in outcomes.tolist()],
     }  # fmt: skip
-
-
-def same_place(recording: Recording, truth: Truth) -> Booleans:
-    """(M,) which candidates show the place of their keyframe; False where not known."""
-    same = np.zeros(len(recording.match), np.bool_)
-    for keyframe, frame in enumerate(recording.frame.tolist()):
-        rows = recording.rows(keyframe)
-        same[rows] = truth.judge.same_place(frame, recording.frame[recording.match[rows]])
-    return same
 
 
 def _answers(
@@ -252,5 +243,7 @@ def recommendation(tuning: Tuning, config: Config, source: Path) -> Record:
     return {
         **asdict(tuning),
         "reached": tuning.reached,
+        "promised": tuning.promised,
+        "caution": caution(tuning) or None,
         "yaml": parameter_file(config, tuning, source.name),
     }

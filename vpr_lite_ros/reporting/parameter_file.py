@@ -35,6 +35,7 @@ def parameter_file(config: Config, tuning: Tuning, source: str) -> str:
         f"Expected precision: {said(tuning.precision)}",
         f"Expected recall: {said(tuning.recall)}",
         f"Measured on {tuning.blocks} blocks of the trajectory, each with what the others chose.",
+        *filter(None, [caution(tuning)]),
     ]
     body = yaml.safe_dump({"/**": {"ros__parameters": nested}}, sort_keys=False)
     return "".join(f"# {line}\n" for line in lines) + body
@@ -45,6 +46,18 @@ def said(share: Share) -> str:
     if not share.of:
         return "unknown: there was nothing to count"
     return f"{share.value:.3f}, 95% interval {share.low:.3f} to {share.high:.3f}, of {share.of}"
+
+
+def caution(tuning: Tuning) -> str:
+    """Why the target cannot be promised on another drive, a sentence; empty if it can."""
+    if tuning.promised:
+        return ""
+    if not tuning.needed:
+        return "No recording can promise that no closure will ever be false."
+    return (
+        f"Too few closures to promise a precision of {tuning.target:g} on other drives: that "
+        f"takes some {tuning.needed}, none of them false."
+    )
 
 
 def _value(config: Config, name: str) -> Any:

@@ -1,49 +1,30 @@
-"""What the network says of every frame of a recording, worked out once and kept on disk.
+"""What the network said of every frame of a recording, as it lies on disk and in arrays.
 
-Every candidate is matched and checked as if no threshold were there, so that any thresholds can
-be tried on its scores afterwards. ``scores.jsonl`` grows by a line a keyframe, ``keyframes.sqlite``
-by the keyframe itself; a run that was interrupted goes on where it ended.
+``recorder.py`` writes it: ``scores.jsonl`` with a line a keyframe, ``keyframes.sqlite`` with the
+keyframes themselves, ``state.json`` with how far it came. Every candidate was matched and checked
+as if no threshold were there, so that any thresholds can be tried on its scores.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import resource
-import time
 from array import array
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vpr_lite_ros.bags import Source, SourceError, open_source
-from vpr_lite_ros.benchmarks import CAMERA_FILES
-from vpr_lite_ros.camera_file import read_camera
-from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, Decision, LoopDetector
-from vpr_lite_ros.image import fit
+from vpr_lite_ros.detector import Candidate
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.matching import Camera
-from vpr_lite_ros.measurement import OPEN
-from vpr_lite_ros.odometry import Odometry, read_odometry
-from vpr_lite_ros.progress import progress
-from vpr_lite_ros.replay import numbered, source_camera
-from vpr_lite_ros.summary import Record, dumps, write_json
+from vpr_lite_ros.summary import Record
 
-FORMAT = 2
 SESSION = "recording"
-SCORES, KEYFRAMES, STATE, SETTINGS = (
-    "scores.jsonl", "keyframes.sqlite", "state.json", "settings.json",
-)  # fmt: skip
-DECIDES_WHAT_IS_RECORDED = ("top_k", "min_time_gap_s", "epipolar_tolerance_px")
-"""With the group ``keyframe`` and the model: another value of these is another recording."""
+SCORES, KEYFRAMES, STATE = "scores.jsonl", "keyframes.sqlite", "state.json"
 FIELDS = {"frame", "stamp_ns", "name", "id", "ms", "candidates", "session"}
 _NO_CENTRES = np.zeros((0, 2), np.float32)
 
@@ -164,60 +145,7 @@ class Recording:
         return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
 
 
-def record(
-    source_path: Path,
-    work: Path,
-    config: Config,
-    model: PlaceModel,
-    *,
-    image_topic: str | None = None,
-    odom_topic: str | None = None,
-    rate_hz: float = 1.0,
-    camera_file: Path | None = None,
-) -> Recording:
-    """Run the network over a recording, or go on with that, or read what is finished.
-
-    Parameters
-    ----------
-    source_path, image_topic, odom_topic, rate_hz, camera_file
-        As in ``replay.replay_recording``; without ``camera_file`` a calibration beside the
-        images serves, too.
-    work
-        Folder to keep recordings in; each combination of source and settings has its own.
-
-    Raises
-    ------
-    SourceError, RecordingError, DatabaseError
-        If something cannot be opened. A source that is damaged on the way ends as if it ended
-        there, as does Ctrl-C; ``stopped`` says so.
-    """
-    with open_source(source_path, image_topic=image_topic, rate_hz=rate_hz) as source:
-        camera = _camera(source_path, source, camera_file)
-        odometry = read_odometry(source_path, odom_topic)
-        settings = {
-            "format": FORMAT,
-            "source": str(source_path.resolve()),
-            "content": _fingerprint(source_path),
-            "image_topic": image_topic,
-            "rate_hz": rate_hz,
-            "odometry": odometry.topic if odometry else "",
-            "camera": json.loads(camera.to_json()) if camera else None,
-            "model_id": model.bundle.model_id,
-            "keyframe": asdict(config.keyframe),
-            **{name: getattr(config, name) for name in DECIDES_WHAT_IS_RECORDED},
-        }
-        key = hashlib.sha256(dumps(settings).encode()).hexdigest()[:10]
-        folder = work / f"recording-{key}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
-        state = _read_state(folder)
-        if state.get("stopped") != "":
-            _drop_half(folder)
-            with closing(open_keyframes(folder, model)) as database:
-                last = _mend(folder, database)
-                detector = LoopDetector(replace(config, **OPEN), model, database)
-                _go_on(source, detector, folder, state, last, camera, odometry)
-    return read_recording(folder, camera, odometry.topic if odometry else "")
+# -- what is on disk -----------------------------------------------------------------------------
 
 
 def open_keyframes(folder: Path, model: PlaceModel) -> KeyframeDatabase:
@@ -228,87 +156,13 @@ def open_keyframes(folder: Path, model: PlaceModel) -> KeyframeDatabase:
         dimension=model.bundle.dimension,
         max_patches=model.bundle.max_patches,
         session=SESSION,
+        resume=True,
     )
-
-
-def _go_on(
-    source: Source,
-    detector: LoopDetector,
-    folder: Path,
-    state: Record,
-    last: int,
-    camera: Camera | None,
-    odometry: Odometry | None,
-) -> None:
-    """Give the frames after ``last`` to the detector; write what comes out, as it comes."""
-    size = detector.model.bundle.image_size
-    began, before = time.perf_counter(), float(state.get("seconds", 0.0))
-    stopped, done = "", last + 1
-    with (
-        (folder / SCORES).open("a", encoding="utf-8", newline="\n", buffering=1) as file,
-        logging_redirect_tqdm(),
-    ):
-        try:
-            frames = progress(source, len(source), "frame", f"recording {source.path.name}")
-            for number, frame in numbered(source, frames):
-                if number < last:
-                    continue
-                pose = odometry.at(frame.stamp_ns) if odometry else None
-                if number == last:
-                    # The next frame is compared with this one, as it was before the break.
-                    description = detector.model.describe(fit(frame.image, size))
-                    detector.resume(frame.stamp_ns, pose, description)
-                    continue
-                decision = detector.process(frame.image, frame.stamp_ns, pose, camera)
-                if decision.keyframe_id is not None:
-                    line = _line(number, frame.name, decision)
-                    line["session"] = detector.database.session
-                    print(dumps(line), file=file)
-                done = number + 1
-        except KeyboardInterrupt:
-            stopped = "interrupted"
-        except SourceError as error:
-            stopped = str(error)
-    state = {
-        "frames": max(done, int(state.get("frames", 0))),
-        "total": max(len(source), done),
-        "skipped": source.skipped,
-        "stopped": stopped,
-        "seconds": before + time.perf_counter() - began,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
-    write_json(folder / STATE, state)
-
-
-def _line(number: int, name: str, decision: Decision) -> Record:
-    return {
-        "frame": number,
-        "stamp_ns": decision.stamp_ns,
-        "name": name,
-        "id": decision.keyframe_id,
-        "ms": {stage: round(spent, 3) for stage, spent in decision.timings_ms.items()},
-        "candidates": [
-            [
-                one.keyframe.id, _short(one.similarity), _short(one.match_score), one.num_matches,
-                one.num_inliers, one.agreement, one.confidence_alone, int(bool(one.has_camera)),
-                one.apart_m, one.travelled_m,
-            ]
-            for one in decision.candidates
-        ],
-    }  # fmt: skip
-
-
-def _short(value: float) -> float:
-    """The fewest digits that give the same 32-bit number again."""
-    return float(str(np.float32(value)))
-
-
-# -- what is on disk -----------------------------------------------------------------------------
 
 
 def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "") -> Recording:
     """All scores in ``folder``, as arrays: 50 bytes a candidate."""
-    state = _read_state(folder)
+    state = read_state(folder)
     columns = [array(code) for code in "qffqqqdbdd"]
     frame, stamp_ns, ids, first = (array("q") for _ in range(4))
     names: list[str] = []
@@ -316,7 +170,7 @@ def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "
     timings: dict[str, array[float]] = {}
     first.append(0)
     number_of: dict[int, int] = {}
-    for line in _lines(folder):
+    for line in read_lines(folder):
         for stage in {*timings, *line["ms"]}:
             if stage not in timings:
                 timings[stage] = array("f", [np.nan] * len(frame))
@@ -367,7 +221,8 @@ def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "
     )
 
 
-def _read_state(folder: Path) -> Record:
+def read_state(folder: Path) -> Record:
+    """How far a recording came; empty if nothing says so."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -375,12 +230,21 @@ def _read_state(folder: Path) -> Record:
     return state if isinstance(state, dict) else {}
 
 
-def _lines(folder: Path) -> Iterator[Record]:
+def read_lines(folder: Path) -> Iterator[Record]:
+    """Whole lines of scores, one a keyframe.
+
+    Raises
+    ------
+    RecordingError
+        If one is not what was written.
+    """
     path = folder / SCORES
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
+            if not text.endswith("\n"):
+                return  # a run that was killed may leave half a line
             try:
                 line = json.loads(text)
                 if not line.keys() >= FIELDS:
@@ -390,52 +254,3 @@ def _lines(folder: Path) -> Iterator[Record]:
                     f"{path}, line {number}: {error}. Remove {folder} to record anew"
                 ) from error
             yield line
-
-
-def _drop_half(folder: Path) -> None:
-    """Begin anew where a run was killed before it had written both files."""
-    scores, keyframes = folder / SCORES, folder / KEYFRAMES
-    if not scores.is_file() or not keyframes.is_file():
-        for file in [scores, *folder.glob(f"{KEYFRAMES}*"), folder / STATE]:
-            file.unlink(missing_ok=True)
-
-
-def _mend(folder: Path, database: KeyframeDatabase) -> int:
-    """Drop what file and database do not share; return the last frame that is left, or -1.
-
-    A run that was killed may have left half a line, or a keyframe without its line.
-    """
-    scores = folder / SCORES
-    text = scores.read_bytes() if scores.is_file() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    scores.write_bytes(whole)
-    frame, last_id, count = -1, 0, 0
-    for line in _lines(folder):
-        if line["id"] > database.last_id:
-            break
-        frame, last_id, count = line["frame"], line["id"], count + 1
-    database.delete_after(last_id)
-    scores.write_bytes(b"".join(whole.splitlines(keepends=True)[:count]))
-    return frame
-
-
-def _fingerprint(path: Path) -> str:
-    """Says whether a source is still the one that was recorded: names, sizes, times."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        about = file.stat()
-        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _camera(path: Path, source: Source, camera_file: Path | None) -> Camera | None:
-    """Intrinsics: as the user says, as the source says, or from a file beside the images."""
-    if camera_file is not None:
-        return read_camera(camera_file)
-    if (camera := source_camera(source)) is not None or not path.is_dir():
-        return camera
-    folders = [path, path.parent] if path.name == "images" else [path]
-    beside = [folder / name for folder in folders for name in CAMERA_FILES]
-    found = next((file for file in beside if file.is_file()), None)
-    return read_camera(found) if found else None

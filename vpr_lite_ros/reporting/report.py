@@ -12,12 +12,20 @@ from vpr_lite_ros.config import Config
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, PlaceModel, open_model
 from vpr_lite_ros.reporting import plots
 from vpr_lite_ros.reporting.advice import advice, verdict
-from vpr_lite_ros.reporting.decisions import TRUE, decide, findable_keyframes, judged
-from vpr_lite_ros.reporting.figures import about, against_truth, recommendation, same_place
+from vpr_lite_ros.reporting.decisions import (
+    TRUE,
+    candidate_outcomes,
+    decide,
+    findable_keyframes,
+    judged,
+    same_place,
+)
+from vpr_lite_ros.reporting.figures import about, against_truth, recommendation
 from vpr_lite_ros.reporting.gallery import choose, draw
 from vpr_lite_ros.reporting.page import render
-from vpr_lite_ros.reporting.parameter_file import parameter_file, said
-from vpr_lite_ros.reporting.recording import Recording, record
+from vpr_lite_ros.reporting.parameter_file import caution, parameter_file, said
+from vpr_lite_ros.reporting.recorder import record
+from vpr_lite_ros.reporting.recording import Recording
 from vpr_lite_ros.reporting.truth import Truth, find_truth
 from vpr_lite_ros.reporting.tuning import Tuning, TuningError, tune
 from vpr_lite_ros.summary import Record, describe_evaluation, write_json
@@ -70,7 +78,7 @@ def make_report(asked: Asked, output: Path, config: Config, target: float) -> Re
     drawn: dict[str, str] = {}
     outcomes = could = same = None
     if truth is not None and len(recording):
-        outcomes = judged(recording, truth, decisions.match)
+        outcomes = judged(decisions, candidate_outcomes(recording, truth))
         could = findable_keyframes(recording, truth, config.min_time_gap_s)
         same = same_place(recording, truth)
         figures |= against_truth(recording, decisions, truth, outcomes, could, config)
@@ -152,9 +160,11 @@ def describe_report(figures: Record, output: Path) -> str:
 def describe_tuning(tuning: Tuning, file: Path) -> str:
     """What was tuned, for people at a terminal."""
     tuned = ", ".join(f"{name} {value:g}" for name, value in tuning.parameters.items())
+    beware = caution(tuning)
     return "\n".join(
         [
             f"expected precision {said(tuning.precision)}; recall {said(tuning.recall)}",
+            *([f"  {beware}"] if beware else []),
             f"  {tuned}",
             f"  on all of the recording, which it was chosen on: precision "
             f"{tuning.fitted_precision:.3f}, recall {tuning.fitted_recall:.3f}",

@@ -1,8 +1,7 @@
 """Thresholds for a target precision, tried on recorded scores, and what to expect of them.
 
-Every setting of a grid is decided by the detector itself, keyframe by keyframe. The figure that is
-promised was not measured where the setting was chosen: the trajectory is cut into blocks, and what
-is chosen on all blocks but one is measured on that one.
+The figure that is promised was not measured where the setting was chosen: the trajectory is cut
+into blocks, and what is chosen on all blocks but one is measured on that one.
 """
 
 from __future__ import annotations
@@ -17,29 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.config import Config
+from vpr_lite_ros.detector import AGREEMENT_WINDOW, LoopDetector
 from vpr_lite_ros.evaluation import Booleans, Integers
 from vpr_lite_ros.inference import PlaceModel
-from vpr_lite_ros.matching import Status
-from vpr_lite_ros.measurement import OPEN
-from vpr_lite_ros.progress import progress
 from vpr_lite_ros.reporting.decisions import (
     FALSE,
     NONE,
     TRUE,
     Outcomes,
-    closures,
+    candidate_outcomes,
     findable_keyframes,
-    judged,
     make_detector,
 )
 from vpr_lite_ros.reporting.recording import Recording
+from vpr_lite_ros.reporting.trials import try_all
 from vpr_lite_ros.reporting.truth import Truth
 
 AGREEING = (1, 2, 3, 5)
 MATCH_LEVELS = 10
 INLIER_LEVELS = (0, 12, 20, 30)
 BLOCKS = 5
-MARGINS = (0, 1, 2, 3)
+SPAN = AGREEMENT_WINDOW
+"""Keyframes in a row share what they see, and errors come in runs: so many are one observation."""
+CAUTION = ((0.0, 0), (0.0, 1), (0.0, 2), (0.0, 3), (0.5, 0), (0.5, 2), (1.0, 0), (1.0, 2))
+"""Ways to choose, ever more cautious: by how much of what the target leaves to perfection more is
+asked for, and how many levels the match threshold keeps away from where errors begin."""
 
 
 class TuningError(ValueError):
@@ -75,8 +76,6 @@ class Tuning:
     """That the setting gives on the whole recording."""
     findable: int
     blocks: int
-    margin: int
-    """Steps of the match threshold between the setting and where errors begin."""
     settings: int
     """How many were tried."""
 
@@ -85,19 +84,37 @@ class Tuning:
         """Whether the target held on blocks that the setting was not chosen on."""
         return self.precision.value >= self.target
 
+    @property
+    def promised(self) -> bool:
+        """Whether it is to be expected of 19 in 20 other recordings, too."""
+        return self.precision.low >= self.target
+
+    @property
+    def needed(self) -> int:
+        """Closures, none of them false, that it takes to promise the target; 0: none would do."""
+        if self.target >= 1:
+            return 0
+        # As many as have no more than three errors 19 times in 20, after one such without any.
+        return math.ceil(round(3 / (1 - self.target), 6)) * SPAN
+
 
 # -- the grid ------------------------------------------------------------------------------------
 
 
-def grid(recording: Recording, truth: Truth, config: Config, model: PlaceModel) -> list[Config]:
-    """Settings to try: families of rising match threshold, ``MATCH_LEVELS`` each.
+def grid(
+    recording: Recording, of_rows: Outcomes, config: Config, model: PlaceModel
+) -> list[Config]:
+    """Settings to try: families of rising match threshold, that of ``config`` among them.
 
     Where the model is calibrated, a family has one ``target_precision`` of those that the model's
     card tells apart; else one ``min_inliers``, if cameras are known.
     """
     detector = make_detector(recording, config, model)
-    scores = _best_true_scores(recording, truth)
-    levels = sorted({0.0, *np.quantile(scores, np.linspace(0.02, 0.9, MATCH_LEVELS - 1)).tolist()})
+    scores = np.quantile(
+        _best_true_scores(recording, of_rows), np.linspace(0.02, 0.9, MATCH_LEVELS - 1)
+    )
+    rounded = (float(f"{level:.4g}") for level in scores.tolist())
+    levels = sorted({0.0, detector.match_threshold, *rounded})
     families: list[dict[str, Any]] = [{}]
     if (calibration := model.bundle.calibration) is not None:
         curve = calibration.curve(recording.camera is not None)
@@ -114,50 +131,45 @@ def grid(recording: Recording, truth: Truth, config: Config, model: PlaceModel) 
             min_inliers=family.get("min_inliers", detector.min_inliers),
             target_precision=family.get("target_precision", config.target_precision),
             min_agreeing_keyframes=agreeing,
-            match_threshold=float(f"{level:.4g}"),
+            match_threshold=level,
         )
         for family, agreeing, level in itertools.product(families, AGREEING, levels)
     ]
 
 
-def _best_true_scores(recording: Recording, truth: Truth) -> NDArray[np.float64]:
+def _best_true_scores(recording: Recording, of_rows: Outcomes) -> NDArray[np.float64]:
     """Of each keyframe with a true candidate, the highest match score of one."""
-    found = []
-    for keyframe in range(len(recording)):
-        rows = recording.rows(keyframe)
-        matches = recording.frame[recording.match[rows]]
-        true = truth.judge.same_place(int(recording.frame[keyframe]), matches)
-        if true.any():
-            found.append(float(recording.match_score[rows][true].max()))
-    if not found:
+    true = of_rows == TRUE
+    queries = np.repeat(np.arange(len(recording)), np.diff(recording.first))[true]
+    best = np.full(len(recording), -np.inf)
+    np.maximum.at(best, queries, recording.match_score[true])
+    if not len(queries):
         raise TuningError(
             "no candidate is true: the robot does not come back to a place it saw at least "
             "min_time_gap_s before, or the model does not find it. Tune on a recording with "
             "loops, or check --radius and the ground truth"
         )
-    return np.array(found)
+    return best[np.isfinite(best)]
 
 
-def try_all(
-    recording: Recording, truth: Truth, settings: Sequence[Config], model: PlaceModel
-) -> list[Outcomes]:
-    """What each setting makes of each keyframe, by the detector's own decisions."""
-    detectors = [make_detector(recording, setting, model) for setting in settings]
-    loosest = make_detector(recording, replace(settings[0], **OPEN), model)
-    loosest.similarity_threshold = min(one.similarity_threshold for one in detectors)
-    loosest.match_threshold = min(one.match_threshold for one in detectors)
-    kept: list[list[Any]] = []
-    for keyframe in range(len(recording)):
-        candidates = recording.candidates(keyframe)
-        kept.append([one for one in candidates if loosest.judge(one) is Status.NOT_BEST])
-    found = []
-    for detector in progress(detectors, len(detectors), "setting", "tuning"):
-        matches = np.full(len(recording), -1, np.int64)
-        for keyframe, closure in enumerate(closures(recording, detector, kept)):
-            if closure is not None:
-                matches[keyframe] = recording.number_of[closure.keyframe.id]
-        found.append(judged(recording, truth, matches))
-    return found
+def _braver(settings: Sequence[Config], config: Config, detector: LoopDetector) -> Booleans:
+    """(S,) which settings accept on less evidence than ``config`` does."""
+    calibration = detector.model.bundle.calibration
+
+    def sure(target: float) -> list[float]:
+        curves = (calibration.curve(one) for one in (False, True)) if calibration else ()
+        return [curve.threshold(target) for curve in curves]
+
+    asked = sure(config.target_precision)
+    return np.array(
+        [
+            setting.min_agreeing_keyframes < config.min_agreeing_keyframes
+            or setting.match_threshold < detector.match_threshold
+            or setting.min_inliers < detector.min_inliers
+            or sure(setting.target_precision) < asked
+            for setting in settings
+        ]
+    )
 
 
 # -- the choice ----------------------------------------------------------------------------------
@@ -173,6 +185,9 @@ def tune(
     queries: Booleans | None = None,
 ) -> Tuning:
     """Choose thresholds that reach ``target`` precision with the most recall.
+
+    A setting that is braver than ``config`` is chosen only if the recording proves that it
+    reaches the target; a stricter one if it merely seems so.
 
     Parameters
     ----------
@@ -196,23 +211,27 @@ def tune(
             f"{config.min_time_gap_s:g} s before: tune on a recording that comes back to where it "
             "was, or lower --min_time_gap_s, or raise --radius"
         )
-    settings = grid(recording, truth, config, model)
-    outcomes = np.stack(try_all(recording, truth, settings, model))
-    levels = len({setting.match_threshold for setting in settings})
+    of_rows = candidate_outcomes(recording, truth)
+    settings = grid(recording, of_rows, config, model)
+    outcomes = try_all(recording, of_rows, settings, model)
     blocks = cut(could & asked, asked)
-    tried = [_hold_out(outcomes, could, blocks, levels, target, margin) for margin in MARGINS]
-    # The smallest margin that holds the target where it was not chosen; else the most precise.
-    good = [margin for margin, held in zip(MARGINS, tried, strict=True) if held[0] >= target]
-    margin = good[0] if good else max(MARGINS, key=lambda one: (tried[one][0], -one))
-    _, held = tried[margin]
+    choice = _Choice.of(
+        outcomes,
+        could,
+        blocks,
+        braver=_braver(settings, config, make_detector(recording, config, model)),
+        levels=len({setting.match_threshold for setting in settings}),
+        target=target,
+    )
+    everything = list(range(len(blocks)))
+    held = np.full(len(recording), NONE, np.int8)
+    for number, block in enumerate(blocks):
+        others = [one for one in everything if one != number] or everything
+        held[block] = outcomes[choice.pick(others), block]
 
-    chosen = _choose(outcomes[:, asked], could[asked], levels, target, margin)
+    chosen = choice.pick(everything)
     setting, all_of_it = settings[chosen], outcomes[chosen][asked]
-    least = setting.min_agreeing_keyframes
-    order = np.flatnonzero(asked)
-    held_out = held[order]
-    given = held_out[(held_out == TRUE) | (held_out == FALSE)]
-    answered = held_out[could[order]]
+    given = held[(held == TRUE) | (held == FALSE)]
     true, false = (int((all_of_it == kind).sum()) for kind in (TRUE, FALSE))
     names = [
         "similarity_threshold", "match_threshold", "min_inliers", "target_precision",
@@ -221,14 +240,13 @@ def tune(
     return Tuning(
         target=target,
         parameters={name: getattr(setting, name) for name in names},
-        precision=share(given == TRUE, least),
-        recall=share(answered == TRUE, least),
+        precision=share(given == TRUE),
+        recall=share(held[could & asked] == TRUE),
         fitted_precision=true / (true + false) if true + false else math.nan,
-        fitted_recall=_recall(all_of_it, could[asked]),
+        fitted_recall=float((all_of_it[could[asked]] == TRUE).mean()),
         closures=int((all_of_it != NONE).sum()),
         findable=int((could & asked).sum()),
         blocks=len(blocks),
-        margin=margin,
         settings=len(settings),
     )
 
@@ -241,67 +259,113 @@ def cut(could: Booleans, asked: Booleans) -> list[Integers]:
     return [part for part in parts if len(part)]
 
 
-def _hold_out(
-    outcomes: Outcomes,
-    could: Booleans,
-    blocks: Sequence[Integers],
-    levels: int,
-    target: float,
-    margin: int,
-) -> tuple[float, Outcomes]:
-    """Precision and outcomes (K,) where each block is decided by what the others chose."""
-    held = np.full(outcomes.shape[1], NONE, np.int8)
-    for number, block in enumerate(blocks):
-        others = [one for other, one in enumerate(blocks) if other != number] or [block]
-        rest = np.concatenate(others)
-        chosen = _choose(outcomes[:, rest], could[rest], levels, target, margin)
-        held[block] = outcomes[chosen, block]
-    true, false = int((held == TRUE).sum()), int((held == FALSE).sum())
-    return true / (true + false) if true else 0.0, held
+@dataclass(frozen=True)
+class _Choice:
+    """How S settings did on B blocks, and which to choose by some of these."""
+
+    true: Integers
+    """(S, B) closures, ..."""
+    false: Integers
+    found: Integers
+    """(S, B) findable keyframes with a true closure."""
+    runs: Integers
+    """(S, B) stretches of false closures, without a true one between."""
+    braver: Booleans
+    """(S,) which settings have to prove themselves."""
+    levels: int
+    """Settings of one family, which differ in rising match threshold, follow each other."""
+    target: float
+
+    @classmethod
+    def of(
+        cls, outcomes: Outcomes, could: Booleans, blocks: Sequence[Integers], **about: Any
+    ) -> _Choice:
+        counts = np.zeros((4, len(outcomes), len(blocks)), np.int64)
+        for setting, made in enumerate(outcomes):
+            for number, block in enumerate(blocks):
+                one = made[block]
+                given = one[(one == TRUE) | (one == FALSE)] == TRUE
+                counts[:, setting, number] = (
+                    given.sum(),
+                    (~given).sum(),
+                    (could[block] & (one == TRUE)).sum(),
+                    _runs(~given),
+                )
+        return cls(*counts, **about)
+
+    def pick(self, blocks: list[int]) -> int:
+        """The setting to choose by these blocks: in the least cautious way that holds the target
+        where it was not chosen, or else in the most precise one."""
+        precision = []
+        for way in CAUTION:
+            held = np.zeros(2, np.int64)
+            for one in blocks:
+                chosen = self._best([other for other in blocks if other != one] or blocks, *way)
+                held += self.true[chosen, one], self.false[chosen, one]
+            precision.append(held[0] / held.sum() if held[0] else 0.0)
+            if precision[-1] >= self.target:
+                break
+        return self._best(blocks, *CAUTION[int(np.argmax(precision))])
+
+    def _best(self, blocks: list[int], more: float, margin: int) -> int:
+        """The setting with the most recall among those that reach the target, in one way.
+
+        A setting counts as good only if those of its family are good, too, whose match threshold
+        is up to ``margin`` levels lower. If no setting is good that may be chosen, the one of
+        the good ones for whose precision most is to be said; else the most precise one.
+        """
+        aim = self.target + more * (1 - self.target)
+        true, false, found, runs = (
+            counts[:, blocks].sum(axis=1)
+            for counts in (self.true, self.false, self.found, self.runs)
+        )
+        given = true + false
+        precision = np.where(given > 0, true / np.maximum(given, 1), 0.0)
+        good = (precision >= aim).reshape(-1, self.levels)
+        kept = good.copy()
+        for step in range(1, margin + 1):
+            kept[:, step:] &= good[:, :-step]
+            kept[:, :step] = False
+        kept = kept.reshape(-1)
+        if not kept.any():
+            return int(np.lexsort((found, precision))[-1])
+        span = np.maximum(SPAN, false / np.maximum(runs, 1))
+        proven = at_least(precision, given / span)
+        allowed = kept & (~self.braver | (proven >= self.target))
+        if not allowed.any():
+            return int(np.lexsort((found, proven, kept))[-1])
+        # Of equal recall the one in the middle: the loosest lets errors in elsewhere, the
+        # strictest just lets pass what was seen here.
+        equal = np.flatnonzero(allowed & (found == found[allowed].max()))
+        return int(equal[len(equal) // 2])
 
 
-def _choose(outcomes: Outcomes, could: Booleans, levels: int, target: float, margin: int) -> int:
-    """The setting with the most recall among those that reach the target, with a margin.
-
-    A setting counts as good only if those of its family are good, too, whose match threshold is
-    up to ``margin`` levels lower: it keeps away from where errors begin. If none is good, the
-    most precise one, and of these the one with the most recall.
-    """
-    true, false = (outcomes == TRUE).sum(axis=1), (outcomes == FALSE).sum(axis=1)
-    recall = ((outcomes == TRUE) & could).sum(axis=1)
-    given = true + false
-    precision = np.where(given > 0, true / np.maximum(given, 1), 0.0)
-    good = (precision >= target).reshape(-1, levels)
-    kept = good.copy()
-    for step in range(1, margin + 1):
-        kept[:, step:] &= good[:, :-step]
-        kept[:, :step] = False
-    kept = kept.reshape(-1)
-    if not kept.any():
-        order = np.lexsort((recall, precision))
-        return int(order[-1])
-    # Of equal recall the strictest: it costs nothing.
-    best = np.flatnonzero(kept & (recall == recall[kept].max()))
-    return int(best[-1])
+def _runs(marked: Booleans) -> int:
+    """How many stretches of True there are."""
+    return int((np.diff(marked.astype(np.int8), prepend=0) == 1).sum())
 
 
-def _recall(outcomes: Outcomes, could: Booleans) -> float:
-    return float((outcomes[could] == TRUE).mean()) if could.any() else math.nan
+def at_least(share: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a share of ``count`` observations proves to be exceeded, with 95% confidence: Wilson's
+    lower bound."""
+    squared = 1.6449**2 / np.maximum(count, 1e-9)
+    spread = np.sqrt(squared * share * (1 - share) + squared**2 / 4)
+    return np.asarray((share + squared / 2 - spread) / (1 + squared))
 
 
-def share(right: Booleans, least: int) -> Share:
+def share(right: Booleans) -> Share:
     """Share of ``right``, in order of time, with a 95% interval for another recording as long.
 
-    Keyframes in a row share what they see, so errors come in runs: as many observations count as
-    there are spans of ``least`` keyframes, or of the mean run of whichever outcome is rarer.
+    As many observations count as there are spans of ``SPAN``, or of the mean run of whichever
+    outcome is rarer.
     """
     count = len(right)
     if not count:
         return Share(math.nan, 0.0, 1.0, 0)
     value = float(right.mean())
     rarer = right if value < 0.5 else ~right
-    runs = int((np.diff(rarer.astype(np.int8), prepend=0) == 1).sum())
-    span = max(float(least), int(rarer.sum()) / runs if runs else 1.0)
+    runs = _runs(rarer)
+    span = max(float(SPAN), int(rarer.sum()) / runs if runs else 1.0)
     low, high = predicted(value, max(1, round(count / span)))
     return Share(value, low, high, count)
 
@@ -313,13 +377,11 @@ def predicted(value: float, count: int) -> tuple[float, float]:
     the number of successes is beta-binomial, given these and Jeffreys' prior.
     """
     a, b = value * count + 0.5, (1 - value) * count + 0.5
-    k = range(count + 1)
-    logs = [
-        math.lgamma(count + 1) - math.lgamma(one + 1) - math.lgamma(count - one + 1)
-        + math.lgamma(one + a) + math.lgamma(count - one + b) - math.lgamma(count + a + b)
-        + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-        for one in k
-    ]  # fmt: skip
-    below = np.cumsum(np.exp(logs))
+    k = np.arange(count)
+    # How much more likely each number of successes is than the one before.
+    ratios = np.log((count - k) * (k + a)) - np.log((k + 1) * (count - k - 1 + b))
+    logs = np.concatenate([[0.0], np.cumsum(ratios)])
+    weights = np.exp(logs - logs.max())
+    below = np.cumsum(weights / weights.sum())
     low, high = np.searchsorted(below, [0.025, 0.975]).tolist()
     return low / count, min(high, count) / count
