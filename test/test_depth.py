@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vpr_lite_ros.bags import SourceError, write_drive
+from vpr_lite_ros.bags import SourceError, recording, write_drive
 from vpr_lite_ros.bags.depth import DepthTrack
 from vpr_lite_ros.bags.recording import DEPTH_TOPIC
 from vpr_lite_ros.config import make_config
@@ -295,3 +295,21 @@ def test_depth_of_a_bag_is_that_of_its_images(
     with DepthTrack(bag, DEPTH_TOPIC) as track:
         assert track.at(frames[0].stamp_ns, "another_camera", drive.image_size) is None
         assert track.missing == {"not registered": 1}
+
+
+def test_of_a_fast_depth_camera_the_nearest_image_is_taken(tmp_path: Path) -> None:
+    from rosbags.rosbag2 import Writer
+
+    store = recording._STORE
+    with Writer(tmp_path / "fast", version=8) as writer:
+        kind = "sensor_msgs/msg/Image"
+        connection = writer.add_connection("/depth", kind, typestore=store)
+        for number in range(1, 30):
+            stamp = 33 * number * MS
+            pixels = np.full((2, 3), number, np.uint16)
+            one = recording._raw_image(recording._header(stamp, "camera"), pixels, "16UC1")
+            writer.write(connection, stamp, store.serialize_cdr(one, kind))
+    with DepthTrack(tmp_path / "fast", "/depth") as track:
+        for wanted, expected in ((100, 3), (118, 4), (340, 10), (347, 11), (980, 29)):
+            depth = track.at(wanted * MS, "camera", (3, 2))
+            assert depth is not None and round(float(depth[0, 0] * 1000)) == expected

@@ -125,6 +125,21 @@ def test_the_covariance_is_what_repeated_measurement_shows(backwards: bool) -> N
     assert np.abs(np.mean(errors, axis=0)).max() < 0.02
 
 
+def test_an_inverse_is_as_sure_as_what_it_is_the_inverse_of() -> None:
+    rng = np.random.default_rng(0)
+    sigma = np.array([0.02, 0.05, 0.1, 0.01, 0.02, 0.005])
+    turn, shift = pose(0, 0, 0, 0.2, -0.5, 0.3)[:3, :3], np.array([4.0, -3.0, 8.0])
+    found = MetricFit(turn, shift, np.diag(sigma**2), np.ones(9, np.bool_)).inverse()
+    errors = []
+    for error in rng.normal(0, sigma, (4000, 6)):
+        off = cv2.Rodrigues(error[3:])[0] @ turn
+        turned = cv2.Rodrigues(off.T @ found.rotation.T)[0].ravel()
+        errors.append(np.concatenate([-off.T @ (shift + error[:3]) - found.translation, turned]))
+    scale = np.sqrt(np.diag(found.covariance))
+    seen = np.cov(np.array(errors).T) / np.outer(scale, scale)
+    np.testing.assert_allclose(seen, found.covariance / np.outer(scale, scale), atol=0.1)
+
+
 def test_where_the_camera_sits_matters_only_in_a_turn() -> None:
     query, centres, depth, _ = scene(noise=0.004)
     found = fit(query, centres, depth)
