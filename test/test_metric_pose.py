@@ -164,6 +164,14 @@ def test_too_little_is_nothing() -> None:
         fit(query[1:], centres, depth)
 
 
+def test_points_that_have_no_pose_give_none() -> None:
+    line = np.stack([np.linspace(-0.5, 0.5, 30), np.zeros(30)], axis=1)
+    two_places = np.repeat([[0.1, 0.2], [-0.3, 0.4]], 15, axis=0)
+    for rays, depth in ((line, np.full(30, 5.0)), (two_places, np.ones(30))):
+        for tolerance in (TOLERANCE, 10.0):
+            assert fit_metric_pose(rays, rays, depth, tolerance) is None
+
+
 # Refinement
 
 

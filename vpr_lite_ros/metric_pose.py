@@ -142,26 +142,31 @@ def fit_metric_pose(
     depth = match_depth[known, None].astype(np.float64)
     points = np.concatenate([match_rays[known], np.ones((len(known), 1))], axis=1) * depth
     seen = np.ascontiguousarray(query_rays[known])
-    found, turn, shift, inliers = cv2.solvePnPRansac(
-        points,
-        seen,
-        np.eye(3),
-        None,
-        None,
-        None,
-        False,
-        1000,
-        tolerance,
-        0.999,
-        None,
-        cv2.SOLVEPNP_SQPNP,
-    )
-    if not found or inliers is None or len(inliers) < MIN_POINTS:
+    try:
+        found, turn, shift, inliers = cv2.solvePnPRansac(
+            points,
+            seen,
+            np.eye(3),
+            None,
+            None,
+            None,
+            False,
+            1000,
+            tolerance,
+            0.999,
+            None,
+            cv2.SOLVEPNP_SQPNP,
+        )
+        if not found or inliers is None or len(inliers) < MIN_POINTS:
+            return None
+        rows = inliers.ravel()
+        turn, shift = cv2.solvePnPRefineLM(points[rows], seen[rows], np.eye(3), None, turn, shift)
+    except cv2.error:  # points on one line, or in one place, have no pose
         return None
-    rows = inliers.ravel()
-    turn, shift = cv2.solvePnPRefineLM(points[rows], seen[rows], np.eye(3), None, turn, shift)
     rotation = np.asarray(cv2.Rodrigues(turn)[0], np.float64)
     covariance = _covariance(points[rows] @ rotation.T, shift.ravel(), seen[rows])
+    if not np.isfinite(covariance).all():
+        return None
     agreeing = np.zeros(len(query_rays), np.bool_)
     agreeing[known[rows]] = True
     return MetricFit(rotation, shift.ravel(), covariance, agreeing)
