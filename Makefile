@@ -51,7 +51,7 @@ eval-data:
 
 # Tests that keep ROS's middleware alive in the test process get a process without the training
 # and inference libraries that the other tests load into theirs.
-ROS_TESTS := test/test_node.py test/test_lifecycle.py test/test_live.py
+ROS_TESTS := test/test_node.py test/test_depth_node.py test/test_lifecycle.py test/test_live.py
 BACKEND_TESTS := test/test_backend_node.py  # GTSAM, and a drive played against the clock
 test: env-test lint build  ## the whole suite
 	@scripts/tensorrt_bindings.sh

@@ -2,6 +2,9 @@
 
     ros2 launch vpr_lite_ros loop_closure.launch.py image_topic:=/camera/image_raw
 
+With `pose_graph:=true` the pose graph runs beside it, in the same namespace and on the same
+odometry, and corrects the map by what the node finds; it needs requirements/backend.txt.
+
 Parameters come from `params_file`; an argument given on the command line overrides it, an
 argument left out does not. Run it once per camera, each under a namespace of its own.
 """
@@ -15,7 +18,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 SHIPPED_PARAMETERS = Path(get_package_share_directory("vpr_lite_ros")) / "config" / "vpr_lite.yaml"
-NODE_NAME = "loop_closure"
+NODE_NAME, POSE_GRAPH_NAME = "loop_closure", "pose_graph"
 COMPRESSED = "/compressed"
 
 # Name, default, description. An empty argument leaves the topic or parameter as it is.
@@ -29,6 +32,12 @@ ARGUMENTS = (
         "raw, or compressed to read <image_topic>/compressed. Empty: as in params_file.",
     ),
     ("camera_info_topic", "", "Camera calibration. Empty: `camera_info` in the namespace."),
+    (
+        "depth_topic",
+        "",
+        "Depth images in register with the camera's (16UC1 or 32FC1), so that closures are in "
+        "metres, e.g. /camera/aligned_depth_to_color/image_raw. Empty: `depth` in the namespace.",
+    ),
     ("odom_topic", "", "Odometry. Empty: `odom` in the namespace."),
     (
         "other_keyframes_topic",
@@ -51,6 +60,12 @@ ARGUMENTS = (
         "",
         "false: a lifecycle manager configures and activates the node. Empty: as in params_file.",
     ),
+    (
+        "pose_graph",
+        "false",
+        "true: also start the pose graph: it publishes the corrected `path` and map to odom. Its "
+        "parameters go into params_file, too, under /**/pose_graph.",
+    ),
     ("log_level", "info", "Of the node: debug, info, warn, error or fatal."),
 )
 
@@ -62,7 +77,7 @@ def _path(text: str) -> str:
 
 def _remappings(arguments: dict[str, str]) -> list[tuple[str, str]]:
     """From the topics' names in the node to those that were asked for."""
-    names = ("image", "camera_info", "odom", "other_keyframes")
+    names = ("image", "camera_info", "depth", "odom", "other_keyframes")
     topics = {name: arguments[f"{name}_topic"] for name in names}
     remappings = [(name, topic) for name, topic in topics.items() if topic]
     if topics["image"]:
@@ -93,8 +108,8 @@ def _overrides(arguments: dict[str, str]) -> dict[str, str | bool | int]:
     return {name: value for name, value in given.items() if value != ""}
 
 
-def start_node(context: LaunchContext) -> list[Node]:
-    """The node, once the arguments have their values."""
+def start_nodes(context: LaunchContext) -> list[Node]:
+    """The nodes, once the arguments have their values."""
     arguments = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
     params_file = _path(arguments["params_file"])
     if not Path(params_file).is_file():
@@ -105,27 +120,36 @@ def start_node(context: LaunchContext) -> list[Node]:
         arguments["image_transport"] = arguments["image_transport"] or "compressed"
 
     namespace = arguments["namespace"].strip("/")
-    # For the node's own logger: at debug, everything else in the process drowns it.
-    logger = ".".join(filter(None, [*namespace.split("/"), NODE_NAME]))
+    overrides = _overrides(arguments)
+    of_both = {name: value for name, value in overrides.items() if name == "use_sim_time"}
+    nodes: dict[str, dict[str, str | bool | int]] = {NODE_NAME: overrides}
+    if _switch(arguments, "pose_graph"):
+        nodes[POSE_GRAPH_NAME] = of_both
     return [
         Node(
             package="vpr_lite_ros",
-            executable="loop_closure_node",
-            name=NODE_NAME,
+            executable=f"{name}_node",
+            name=name,
             namespace=namespace,
-            parameters=[params_file, _overrides(arguments)],
+            parameters=[params_file, values],
             remappings=_remappings(arguments),
-            ros_arguments=["--log-level", f"{logger}:={arguments['log_level']}"],
+            # For the node's own logger: at debug, everything else in the process drowns it.
+            ros_arguments=["--log-level", f"{_logger(namespace, name)}:={arguments['log_level']}"],
             output="screen",
             emulate_tty=True,
         )
+        for name, values in nodes.items()
     ]
 
 
+def _logger(namespace: str, name: str) -> str:
+    return ".".join(filter(None, [*namespace.split("/"), name]))
+
+
 def generate_launch_description() -> LaunchDescription:
-    """Declare the arguments, then start the node with those that were given."""
+    """Declare the arguments, then start the nodes with those that were given."""
     declared = [
         DeclareLaunchArgument(name, default_value=default, description=description)
         for name, default, description in ARGUMENTS
     ]
-    return LaunchDescription([*declared, OpaqueFunction(function=start_node)])
+    return LaunchDescription([*declared, OpaqueFunction(function=start_nodes)])

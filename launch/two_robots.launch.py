@@ -2,8 +2,8 @@
 
     ros2 launch vpr_lite_ros two_robots.launch.py first:=robot1 second:=robot2
 
-Each node listens to `image`, `camera_info` and `odom` in its robot's namespace, and to the other's
-keyframes. The two may run on two computers that see each other's topics: then start
+Each node listens to `image`, `camera_info`, `depth` and `odom` in its robot's namespace, and to
+the other's keyframes. The two may run on two computers that see each other's topics: then start
 loop_closure.launch.py on each, with the arguments that this file passes.
 """
 

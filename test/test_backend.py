@@ -138,6 +138,32 @@ def test_late_and_disordered_closures_end_in_the_same_map(drive: Drive) -> None:
     assert np.linalg.norm(off, axis=1).max() < 0.3
 
 
+def test_the_covariance_of_a_metric_pose_is_in_the_frame_of_the_query() -> None:
+    """A quarter turn lies between query and match: what the query is sure of ahead is sideways to
+    the match."""
+    graph = PoseGraph()
+    second = 10**9
+    for i in range(21):  # a quarter of a circle to the left, 20 m of it
+        angle = np.pi / 2 * i / 20
+        radius = 20 / (np.pi / 2)
+        at = (radius * np.sin(angle), radius * (1 - np.cos(angle)), 0.0)
+        graph.add_odometry(
+            i * second, Pose(at, (0.0, 0.0, float(np.sin(angle / 2)), float(np.cos(angle / 2))))
+        )
+    # Of the first pose in the last one's frame, by odometry: as far behind as to the left.
+    expected = np.array([-radius, radius, 0.0])
+    turn = (0.0, 0.0, -float(np.sin(np.pi / 4)), float(np.cos(np.pi / 4)))
+    covariance = np.diag([1e-4, 100.0, 1e-4, 1.0, 1.0, 1.0])
+    way = (expected + np.array([0.3, 0.3, 0.0])).tolist()
+    closure = Closure(20 * second, 0, PoseType.METRIC, (way[0], way[1], way[2]), turn, covariance)
+    assert graph.add_closure(closure) == "used"
+    graph.finish()
+    _, poses = graph.trajectory()
+    off = np.asarray(poses[-1].between(poses[0]).translation()) - expected
+    assert off[0] == pytest.approx(0.3, abs=0.03), "sure ahead"
+    assert abs(off[1]) < 0.1, "not sure sideways"
+
+
 def test_each_closure_that_is_not_used_has_its_reason() -> None:
     graph = PoseGraph()
     assert graph.add_closure(Closure(3 * 10**9, 10**9)) == "waiting"

@@ -93,8 +93,8 @@ class Robot:
             self.wheels.publish(message)
             self.executor.spin_once(timeout_sec=0.0)
 
-    def recognise(self, closure: Closure) -> None:
-        message = LoopClosure(pose_type=int(closure.pose_type))
+    def recognise(self, closure: Closure, **fields: Any) -> None:
+        message = LoopClosure(pose_type=int(closure.pose_type), **fields)
         message.header.frame_id = "base_link"
         message.header.stamp = to_time(closure.query_ns)
         message.match_stamp = to_time(closure.match_ns)
@@ -220,8 +220,13 @@ def test_joining_late_breaks_nothing(robot: Robot) -> None:
     robot.recognise(found[-1])
     robot.wait(lambda: robot.counts().get("no odometry at the match") == "1", "a verdict")
     now = found[-1].query_ns
-    robot.recognise(Closure(now, now - 2 * 10**9, PoseType.NONE, other_session=True))
+    robot.recognise(Closure(now, now - 2 * 10**9, PoseType.NONE))
     robot.wait(lambda: robot.counts().get("used") == "1", "a closure within what it has seen")
+    # Another robot's place, or one of another day: this trajectory has no pose of it.
+    for other in ({"match_robot_id": 1}, {"match_session": "monday"}):
+        robot.recognise(Closure(now, now - 3 * 10**9, PoseType.NONE), **other)
+    robot.wait(lambda: robot.counts().get("other session") == "2", "a verdict on both")
+    assert robot.counts()["used"] == "1"
     path = robot.path(int(odometry.stamps_ns[-1]))
     off = path.xyz - loops.at(odometry, path).xyz
     assert np.linalg.norm(off, axis=1).max() < 5

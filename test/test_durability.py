@@ -10,7 +10,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -449,20 +451,30 @@ def test_a_damaged_keyframe_spoils_no_other(
 # An older release's
 
 
-def test_schema_1_is_migrated_and_its_keyframes_stay(open_database: Open, path: Path) -> None:
+SCHEMA_1 = """
+PRAGMA application_id = 0x5650524C;
+PRAGMA user_version = 1;
+CREATE TABLE model (model_id TEXT NOT NULL, dimension INTEGER NOT NULL,
+    max_patches INTEGER NOT NULL);
+CREATE TABLE keyframes (id INTEGER PRIMARY KEY, robot_id INTEGER NOT NULL,
+    session TEXT NOT NULL, stamp_ns INTEGER NOT NULL, pose TEXT, camera TEXT,
+    descriptor BLOB NOT NULL, centres BLOB NOT NULL, tokens BLOB NOT NULL,
+    thumbnail BLOB NOT NULL);
+"""
+SCHEMA_2 = """
+PRAGMA user_version = 2;
+CREATE INDEX heads ON keyframes (id, robot_id, session, stamp_ns, pose, camera, descriptor);
+CREATE TABLE checksums (id INTEGER PRIMARY KEY, head INTEGER, centres INTEGER, tokens INTEGER,
+    thumbnail INTEGER);
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_schema_is_migrated_and_its_keyframes_stay(
+    open_database: Open, path: Path, version: int
+) -> None:
     with sqlite3.connect(path) as file:
-        file.executescript(
-            """
-            PRAGMA application_id = 0x5650524C;
-            PRAGMA user_version = 1;
-            CREATE TABLE model (model_id TEXT NOT NULL, dimension INTEGER NOT NULL,
-                max_patches INTEGER NOT NULL);
-            CREATE TABLE keyframes (id INTEGER PRIMARY KEY, robot_id INTEGER NOT NULL,
-                session TEXT NOT NULL, stamp_ns INTEGER NOT NULL, pose TEXT, camera TEXT,
-                descriptor BLOB NOT NULL, centres BLOB NOT NULL, tokens BLOB NOT NULL,
-                thumbnail BLOB NOT NULL);
-            """
-        )
+        file.executescript(SCHEMA_1 + SCHEMA_2 * (version - 1))
         file.execute("INSERT INTO model VALUES ('tiny-0123', ?, ?)", (DIMENSION, PATCHES))
         for i in range(5):
             old = describe(i)
@@ -472,22 +484,65 @@ def test_schema_1_is_migrated_and_its_keyframes_stay(open_database: Open, path: 
                 "INSERT INTO keyframes VALUES (?, 3, 'old', ?, ?, NULL, ?, ?, ?, ?)",
                 (10 + i, i, pose, *blobs),
             )
+            if version == 2:
+                checksums = (None, *map(zlib.crc32, blobs[1:]))
+                file.execute("INSERT INTO checksums VALUES (?, ?, ?, ?, ?)", (10 + i, *checksums))
     file.close()
     before = path.read_bytes()
     with pytest.raises(
-        DatabaseError, match=f"schema 1, this release reads schema {SCHEMA_VERSION}"
+        DatabaseError, match=f"schema {version}, this release reads schema {SCHEMA_VERSION}"
     ):
         open_database(read_only=True)
     assert path.read_bytes() == before
     for _ in range(2):
         database = open_database()
-        new = database.add(5, describe(5))
+        depth = np.arange(PATCHES).astype(np.float16)
+        new = database.add(5, replace(describe(5), depth=depth))
         for i in range(5):
             assert _holds(database, 10 + i, i, i)
             assert database.keyframe(10 + i).pose == POSE and database.thumbnail(10 + i) == b"jpg"
+            assert database.keyframe(10 + i).depth is None
         assert _holds(database, new, 5, 5)
+        stored = database.keyframe(new).depth
+        assert stored is not None and stored.tobytes() == depth.tobytes()
         database.close()
     with sqlite3.connect(path) as file:
         assert file.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
     file.close()
     assert len(open_database(read_only=True)) == 7
+
+
+@pytest.mark.parametrize("damage", ["UPDATE depths SET depth = zeroblob(10)", "DELETE FROM depths"])
+def test_damaged_depth_is_not_believed(open_database: Open, path: Path, damage: str) -> None:
+    database = open_database()
+    depth = np.linspace(1, 20, PATCHES).astype(np.float16)
+    damaged = database.add(1, replace(describe(1), depth=depth))
+    whole = database.add(2, describe(2))
+    database.close()
+    with sqlite3.connect(path) as file:
+        file.execute(damage)
+    file.close()
+    database = open_database()
+    with pytest.raises(DatabaseError, match=f"the depth of keyframe {damaged}"):
+        database.keyframe(damaged)
+    assert [i for i, _ in database.search(describe(1).descriptor, 9, 0, 0)] == [whole]
+    with pytest.raises(ValueError, match="depth has shape"):
+        database.add(3, replace(describe(3), depth=depth[1:]))
+
+
+def test_depth_goes_with_its_keyframe(open_database: Open, path: Path) -> None:
+    database = open_database()
+    depth = np.ones(PATCHES, np.float16)
+    for i in range(3):
+        database.add(i, replace(describe(i), depth=depth))
+    database.delete_after(1)
+    database.close()
+    with sqlite3.connect(path) as file:
+        assert file.execute("SELECT id FROM depths").fetchall() == [(1,)]
+    file.close()
+    database = open_database()
+    database.reset()
+    database.close()
+    with sqlite3.connect(path) as file:
+        assert file.execute("SELECT id FROM depths").fetchall() == []
+    file.close()

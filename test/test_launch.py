@@ -72,9 +72,9 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", 
         time.sleep(0.1)
 
 
-def subscriptions(observer: Any, namespace: str) -> set[str]:
+def subscriptions(observer: Any, namespace: str, node: str = "loop_closure") -> set[str]:
     try:
-        found = observer.get_subscriber_names_and_types_by_node("loop_closure", namespace)
+        found = observer.get_subscriber_names_and_types_by_node(node, namespace)
     except rclpy.node.NodeNameNonExistentError:
         return set()
     return {topic for topic, _ in found}
@@ -106,6 +106,7 @@ def test_every_argument_is_described() -> None:
         "image_topic",
         "image_transport",
         "camera_info_topic",
+        "depth_topic",
         "odom_topic",
         "other_keyframes_topic",
         "robot_id",
@@ -114,6 +115,7 @@ def test_every_argument_is_described() -> None:
         "bundle",
         "backend",
         "use_sim_time",
+        "pose_graph",
         "log_level",
     ):
         assert f"'{name}':" in shown.stdout
@@ -145,6 +147,7 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
     log = tmp_path / "log"
     database = tmp_path / "map.db"
     observer.create_publisher(CompressedImage, "/front/image_raw/compressed", 10)
+    observer.create_publisher(Image, "/front/depth", 10)
     with launched(
         log,
         "namespace:=robot1",
@@ -154,6 +157,7 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
         "image_topic:=/front/image_raw/compressed",
         "camera_info_topic:=/front/camera_info",
         "odom_topic:=odometry/filtered",
+        "depth_topic:=/front/depth",
         "robot_id:=4",
         "log_level:=debug",
     ) as process:
@@ -161,12 +165,39 @@ def test_arguments_override_the_parameter_file(tmp_path: Path, observer: Any) ->
             "/front/image_raw/compressed",
             "/front/camera_info",
             "/robot1/odometry/filtered",
+            "/front/depth",
         }
         wait_for(lambda: expected <= subscriptions(observer, "/robot1"), process, log)
         names = ["top_k", "use_sim_time", "backend", "database_path", "image_transport", "robot_id"]
         values = parameters(observer, "/robot1/loop_closure", names)
         assert values == [7, True, "onnxruntime", str(database), "compressed", 4]
     assert process.returncode == 0, log.read_text()
+
+
+def test_the_pose_graph_runs_beside_the_node(tmp_path: Path, observer: Any) -> None:
+    pytest.importorskip("gtsam", reason="no GTSAM: pip install -r requirements/backend.txt")
+    params_file = tmp_path / "params.yaml"
+    params_file.write_text(
+        "/**:\n  ros__parameters:\n    top_k: 7\n"
+        "/**/pose_graph:\n  ros__parameters:\n    map_frame: world\n"
+    )
+    log = tmp_path / "log"
+    with launched(
+        log,
+        "pose_graph:=true",
+        "namespace:=robot1",
+        "odom_topic:=wheels",
+        f"params_file:={params_file}",
+        "use_sim_time:=true",
+    ) as process:
+        expected = {"/robot1/wheels", "/robot1/loop_closures"}
+        wait_for(lambda: expected <= subscriptions(observer, "/robot1", "pose_graph"), process, log)
+        wait_for(lambda: "/robot1/wheels" in subscriptions(observer, "/robot1"), process, log)
+        names = ["map_frame", "use_sim_time"]
+        assert parameters(observer, "/robot1/pose_graph", names) == ["world", True]
+        assert parameters(observer, "/robot1/loop_closure", ["top_k"]) == [7]
+    assert process.returncode == 0, log.read_text()
+    assert log.read_text().count("process has finished cleanly") == 2
 
 
 def test_two_robots_hear_each_other(tmp_path: Path, observer: Any) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 pytest.importorskip("rclpy", reason="ROS messages cannot be imported: run make test, or source ROS")
 
-from geometry_msgs.msg import Quaternion
+from geometry_msgs.msg import Quaternion, Transform
 from nav_msgs.msg import Odometry
 from sensor_msgs.msg import CameraInfo
 from vpr_lite_ros.msg import LoopClosure
@@ -19,7 +19,8 @@ from vpr_lite_ros import messages
 from vpr_lite_ros.database import Keyframe, Pose
 from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.matching import EpipolarFit, Matches, Status
-from vpr_lite_ros.relative_pose import PoseType, quaternion
+from vpr_lite_ros.metric_pose import MetricFit
+from vpr_lite_ros.relative_pose import Mount, PoseType, quaternion
 
 
 def rotation_about(axis: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
@@ -70,7 +71,7 @@ def make_candidate(keyframe_id: int, fit: EpipolarFit | None, status: Status) ->
     )
 
 
-def convert(decision: Decision) -> list[LoopClosure]:
+def convert(decision: Decision, mount: Mount | None = None) -> list[LoopClosure]:
     return messages.to_messages(
         decision,
         frame_id="base_link",
@@ -78,7 +79,7 @@ def convert(decision: Decision) -> list[LoopClosure]:
         robot_id=3,
         model_id="m",
         latency_ms=12.5,
-        optical_in_body=messages.OPTICAL_IN_BODY,
+        mount=mount or Mount(),
     )
 
 
@@ -118,6 +119,26 @@ def test_the_very_same_spot_has_no_direction() -> None:
     turn, position = message.relative_pose.pose.orientation, message.relative_pose.pose.position
     assert 2 * math.atan2(turn.z, turn.w) == pytest.approx(0.4)
     assert (position.x, position.y, position.z) == (0, 0, 0)
+
+
+def test_a_metric_pose_is_of_the_body_not_of_the_camera() -> None:
+    # The camera sits 2 m before the body's origin, and turned half round about it: the body
+    # did not move, the camera went 4 m. Its axes: x right, y down, z forward.
+    half_turn = rotation_about(np.array([0.0, -1.0, 0.0]), math.pi)
+    metric = MetricFit(half_turn, np.array([0.0, 0.0, -4.0]), np.eye(6) * 0.01, np.ones(3, bool))
+    candidate = make_candidate(2, EpipolarFit(np.ones(3, bool), half_turn, np.zeros(3)), Status(0))
+    candidate.metric = metric
+    arm = Transform(rotation=Quaternion(x=-0.5, y=0.5, z=-0.5, w=0.5))  # of an optical frame
+    arm.translation.x = 2.0
+    (message,) = convert(Decision(1, 7, [candidate], candidate), messages.to_mount(arm))
+    assert message.pose_type == LoopClosure.POSE_METRIC
+    position = message.relative_pose.pose.position
+    assert (position.x, position.y, position.z) == pytest.approx((0, 0, 0), abs=1e-9)
+    covariance = np.array(message.relative_pose.covariance).reshape(6, 6)
+    # An error of 0.1 rad about z moves the origin, 2 m behind the camera, by 0.2 m.
+    assert covariance[1, 1] == pytest.approx(0.01 + 4 * 0.01)
+    assert covariance[0, 0] == pytest.approx(0.01)
+    assert covariance[1, 5] != 0
 
 
 def test_no_candidate_is_said() -> None:

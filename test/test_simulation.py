@@ -128,6 +128,38 @@ def test_the_ground_lies_where_the_map_says() -> None:
     forward = 8.0 - 0.3
     assert columns.mean() == pytest.approx(79.5 - 100 * 2.0 / forward, abs=1.0)
     assert rows.mean() == pytest.approx(59.5 + 100 * 1.5 / forward, abs=1.0)
+    assert canvas.depth()[reds] == pytest.approx(forward, abs=0.7)
+
+
+def test_depth_is_of_what_is_seen_and_the_sky_has_none() -> None:
+    canvas = canvas_at(0, 0, 0)
+    draw(canvas, (wall(12.0, 0.0, 20, 2.5, 0), plain(BLUE)), (wall(6.0, 0.0, 2, 2, 1), plain(RED)))
+    canvas.draw_ground(plain(GREEN), (-50.0, 50.0), 100 / 16, np.full((8, 8), 128, np.uint8))
+    depth = canvas.depth()
+    # base_link is 0.3 m behind the camera, whose optical axis meets both walls squarely.
+    np.testing.assert_allclose(depth[(canvas.image == RED).all(axis=2)], 5.7, rtol=1e-3)
+    np.testing.assert_allclose(depth[(canvas.image == BLUE).all(axis=2)], 11.7, rtol=1e-3)
+    below = np.arange(80, 120)
+    np.testing.assert_allclose(depth[below, 0], 150 / (below - 59.5), rtol=1e-3)
+    assert (depth[:30] == 0).all()
+
+
+def test_what_one_image_sees_lies_where_the_next_one_sees_it(drive: Drive) -> None:
+    """Depth, poses and pictures are of one world: a frame is drawn anew from the one before."""
+    first, second = (drive.part(n, n + 1) for n in (30, 31))
+    one, other = next(first.frames()), next(second.frames())
+    rotation0, position0 = camera_pose(*one.pose)
+    rotation1, position1 = camera_pose(*other.pose)
+    rows, columns = np.mgrid[10:110:3, 10:150:3]
+    known = one.depth[rows, columns] > 0
+    rows, columns = rows[known], columns[known]
+    pixels = np.stack([columns, rows, np.ones_like(rows)]).astype(float)
+    points = drive.camera.inverse @ pixels * one.depth[rows, columns]
+    seen = rotation1 @ ((rotation0.T @ points).T + position0 - position1).T
+    u, v, _ = np.round(drive.camera.matrix @ (seen / seen[2])).astype(int)
+    inside = (seen[2] > 1) & (u >= 0) & (u < 160) & (v >= 0) & (v < 120)
+    agree = np.abs(other.depth[v[inside], u[inside]] / seen[2][inside] - 1) < 0.05
+    assert inside.sum() > 500 and agree.mean() > 0.85, "but for edges and what they hide"
 
 
 # --- the drive

@@ -64,6 +64,7 @@ def replay(args: argparse.Namespace) -> int:
         args.source,
         args.output or Path("build/replay") / _name(args.source),
         config.make_config(settings),
+        depth_topic=args.depth_topic,
         **_of_recording(args),
     )
     print(describe(summary))
@@ -258,7 +259,7 @@ def simulate(args: argparse.Namespace) -> int:
 
     drive = simulate_drive(args.seed)
     print(f"drawing {len(drive)} images of a drive (seed {args.seed})", file=sys.stderr)
-    write_drive(drive, args.output, compressed=not args.raw, storage=args.storage)
+    write_drive(drive, args.output, compressed=not args.raw, depth=args.depth, storage=args.storage)
     print(args.output)
     return OK
 

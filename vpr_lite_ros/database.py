@@ -280,9 +280,17 @@ class KeyframeDatabase:
             if stored is not None:
                 return stored
         centres = np.ascontiguousarray(description.centres, np.float32)
-        self._make_room(tokens.nbytes + centres.nbytes + descriptor.nbytes + len(thumbnail))
+        depth = description.depth
+        if depth is not None:
+            if depth.shape != (self.max_patches,):
+                raise ValueError(f"depth has shape {depth.shape}, expected {(self.max_patches,)}")
+            depth = np.ascontiguousarray(depth, np.float16)
+        content = sum(
+            part.nbytes for part in (tokens, centres, descriptor, depth) if part is not None
+        )
+        self._make_room(content + len(thumbnail))
         keyframe_id = self._file.insert(
-            robot_id, session, stamp_ns, pose, camera, descriptor, centres, tokens, thumbnail
+            robot_id, session, stamp_ns, pose, camera, descriptor, centres, tokens, thumbnail, depth
         )
         self._index.add(descriptor[None])
         self._remember(Head(keyframe_id, robot_id, session, stamp_ns, pose, descriptor), True)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vpr_lite_ros.calibration import features, sequential
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, Keyframe, KeyframeDatabase, Pose
+from vpr_lite_ros.depth import Depth, sample_depth
 from vpr_lite_ros.image import Image, fit, thumbnail
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import (
@@ -28,6 +29,7 @@ from vpr_lite_ros.matching import (
     fit_epipolar,
     mutual_matches,
 )
+from vpr_lite_ros.metric_pose import MetricFit, View, measure_way
 
 AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
@@ -51,6 +53,8 @@ class Candidate:
     matches: Matches | None = None
     fit: EpipolarFit | None = None
     """None where a camera is not known or no motion was found."""
+    metric: MetricFit | None = None
+    """Of a closure, one of whose images has depth."""
     agreement: int = 0
     """Matches that agree with each other: with one motion of the camera, or, where no camera is
     known, with one homography."""
@@ -98,7 +102,7 @@ class Decision:
     is_keyframe: bool = False
     """Whether the image was looked up. In mode localization no keyframe is stored."""
     timings_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds by stage: resize, place, search, match, verify, store."""
+    """Milliseconds by stage: resize, place, search, match, verify, metric, store."""
 
     @property
     def recognised(self) -> Candidate | None:
@@ -172,6 +176,7 @@ class LoopDetector:
         stamp_ns: int,
         pose: Pose | None = None,
         camera: Camera | None = None,
+        depth: Depth | None = None,
     ) -> Decision:
         """Look ``image`` up among the keyframes, judge what is found, and store it.
 
@@ -187,6 +192,9 @@ class LoopDetector:
             Of the body in the odometry's frame at that time, if there is odometry.
         camera
             Intrinsics of the image, if calibrated; without them there is no epipolar check.
+        depth
+            (H, W) metres along the optical axis, in register with the image, of any size; 0 where
+            not known. With it closures are measured in metres, those of later images, too.
 
         Raises
         ------
@@ -199,7 +207,7 @@ class LoopDetector:
         self._notice_jump(stamp_ns, decision)
         if not self.is_due(stamp_ns, pose):
             return decision
-        description = self._describe(image, decision)
+        description = self._describe(image, decision, depth)
         if pose is None and not self._shows_something_new(description):
             return decision
 
@@ -207,6 +215,7 @@ class LoopDetector:
         self._compare_ways(decision.candidates, stamp_ns, pose)
         self._verify(description, camera, decision)
         decision.closure = self._accept(self._follow(decision.candidates), stamp_ns)
+        self._measure(decision, image, description, camera)
 
         self._store(decision, image, description, pose, camera)
         decision.is_keyframe = True
@@ -243,6 +252,7 @@ class LoopDetector:
         if passed:
             decision.closure = max(passed, key=sureness)
             decision.closure.status = Status.ACCEPTED
+            self._measure(decision, image, description, camera)
         return decision
 
     def examine(
@@ -259,11 +269,16 @@ class LoopDetector:
         self._verify(description, camera, decision)
         return decision.candidates
 
-    def _describe(self, image: Image, decision: Decision) -> Description:
+    def _describe(
+        self, image: Image, decision: Decision, depth: Depth | None = None
+    ) -> Description:
         with _timed(decision, "resize"):
             fitted = fit(image, self.model.bundle.image_size)
         with _timed(decision, "place"):
             description = self.model.describe(fitted)
+            if depth is not None:
+                known = sample_depth(depth, description.centres)
+                description = replace(description, depth=known)
         decision.description = description
         return description
 
@@ -323,11 +338,10 @@ class LoopDetector:
         known_camera = candidate.keyframe.camera
         candidate.has_camera = camera is not None and known_camera is not None
         if camera is not None and known_camera is not None:
-            tolerance = self.config.epipolar_tolerance_px * camera.radians_per_pixel(
-                self.model.bundle.image_size[0]
-            )
             candidate.fit = fit_epipolar(
-                camera.rays(query_centres), known_camera.rays(candidate_centres), tolerance
+                camera.rays(query_centres),
+                known_camera.rays(candidate_centres),
+                self._tolerance(camera),
             )
             candidate.agreement = candidate.num_inliers
         else:
@@ -340,6 +354,31 @@ class LoopDetector:
             candidate.confidence_alone = curve.confidence(features_of(candidate))
             candidate.confidence = candidate.confidence_alone
         return self.judge(candidate)
+
+    def _tolerance(self, camera: Camera) -> float:
+        """How far a match may lie from its epipolar line, as an angle."""
+        angle = camera.radians_per_pixel(self.model.bundle.image_size[0])
+        return self.config.epipolar_tolerance_px * angle
+
+    def _measure(
+        self, decision: Decision, image: Image, description: Description, camera: Camera | None
+    ) -> None:
+        """The way to the closure in metres, where one of the two images has depth."""
+        closure = decision.closure
+        if closure is None or closure.fit is None or closure.matches is None:
+            return
+        keyframe, matches = closure.keyframe, closure.matches
+        if description.depth is None and keyframe.depth is None:
+            return
+        assert camera is not None and keyframe.camera is not None, "there is an epipolar fit"
+        with _timed(decision, "metric"):
+            try:
+                picture = self.database.thumbnail(keyframe.id)
+            except DatabaseError:  # a damaged picture costs no closure
+                return
+            query = _view(camera, thumbnail(image), description, matches.query)
+            match = _view(keyframe.camera, picture, keyframe, matches.candidate)
+            closure.metric = measure_way(query, match, closure.fit, self._tolerance(camera))
 
     def judge(self, candidate: Candidate) -> Status:
         """The first check that fails by what is known of a candidate so far, else NOT_BEST.
@@ -475,6 +514,13 @@ def sureness(candidate: Candidate) -> tuple[float, int]:
 def features_of(candidate: Candidate) -> list[float]:
     """What the calibration knows of a matched candidate."""
     return features(candidate.similarity, candidate.match_score, candidate.agreement)
+
+
+def _view(
+    camera: Camera, picture: bytes, image: Description | Keyframe, rows: NDArray[np.int64]
+) -> View:
+    depth = image.depth[rows] if image.depth is not None else None
+    return View(camera, picture, image.centres[rows], depth)
 
 
 def _angle(pose0: Pose, pose1: Pose) -> float:

@@ -79,7 +79,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Description:
-    """What the place network says of one image."""
+    """What the place network says of one image, and how far away its patches are, if known."""
 
     descriptor: NDArray[np.float32]
     """(D,) unit vector of the whole image."""
@@ -87,6 +87,8 @@ class Description:
     """(N, D) patches, ready for the match network."""
     centres: NDArray[np.float32]
     """(N, 2) x, y of each patch as fractions of the image's width and height."""
+    depth: NDArray[np.float16] | None = None
+    """(N,) metres along the optical axis at each centre, 0 where not known; None without depth."""
 
 
 class PlaceModel:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Point, PoseWithCovariance, Quaternion
+from geometry_msgs.msg import Point, PoseWithCovariance, Quaternion, Transform
 from nav_msgs.msg import Odometry
 from numpy.typing import NDArray
 from sensor_msgs.msg import CameraInfo
@@ -23,12 +23,7 @@ from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
-from vpr_lite_ros.relative_pose import ROTATION_SIGMA, RelativePose, relative_pose_of
-
-UNKNOWN_VARIANCE = 1e6
-"""Metres² and radians²: says nothing."""
-OPTICAL_IN_BODY = relative_pose.OPTICAL_IN_BODY
-"""Of a camera that looks forward, where tf does not say better."""
+from vpr_lite_ros.relative_pose import Mount, RelativePose, relative_pose_of
 
 
 def stamp_ns(stamp: Time) -> int:
@@ -72,12 +67,9 @@ def to_messages(
     robot_id: int,
     model_id: str,
     latency_ms: float,
-    optical_in_body: NDArray[np.float64],
+    mount: Mount,
 ) -> list[LoopClosure]:
-    """One message for each candidate, the closure first; one of NO_CANDIDATE if there is none.
-
-    ``optical_in_body`` (3, 3) rotates from the camera's optical frame to the body's.
-    """
+    """One message for each candidate, the closure first; one of NO_CANDIDATE if there is none."""
     common = LoopClosure(
         query_id=decision.keyframe_id or 0,
         query_session=session,
@@ -86,7 +78,7 @@ def to_messages(
         match_score=math.nan,
         model_id=model_id,
         latency_ms=latency_ms,
-        relative_pose=_unknown_pose(),
+        relative_pose=_to_pose(RelativePose()),
         status=int(Status.NO_CANDIDATE),
     )
     common.header.stamp = to_time(decision.stamp_ns)
@@ -94,13 +86,12 @@ def to_messages(
     if not decision.candidates:
         return [common]
     ordered = sorted(decision.candidates, key=lambda one: (one is not decision.closure, one.rank))
-    return [_of_candidate(common, candidate, optical_in_body) for candidate in ordered]
+    return [_of_candidate(common, candidate, mount) for candidate in ordered]
 
 
-def _of_candidate(
-    common: LoopClosure, candidate: Candidate, optical_in_body: NDArray[np.float64]
-) -> LoopClosure:
-    message = LoopClosure(
+def _of_candidate(common: LoopClosure, candidate: Candidate, mount: Mount) -> LoopClosure:
+    known = relative_pose_of(candidate.fit, candidate.metric, mount)
+    return LoopClosure(
         header=common.header,
         match_stamp=to_time(candidate.keyframe.stamp_ns),
         query_id=common.query_id,
@@ -115,35 +106,28 @@ def _of_candidate(
         num_matches=candidate.num_matches,
         num_inliers=candidate.num_inliers,
         rank=candidate.rank,
-        pose_type=LoopClosure.POSE_NONE,
-        relative_pose=common.relative_pose,
+        pose_type=int(known.pose_type),
+        relative_pose=_to_pose(known),
         status=int(candidate.status),
         model_id=common.model_id,
         latency_ms=common.latency_ms,
     )
-    if candidate.fit is not None:
-        known = relative_pose_of(candidate.fit, optical_in_body)
-        message.pose_type = int(known.pose_type)
-        message.relative_pose = _pose_of(known)
-    return message
 
 
-def _unknown_pose() -> PoseWithCovariance:
-    pose = PoseWithCovariance()
-    pose.pose.orientation.w = 1.0
-    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 6).ravel()
-    return pose
-
-
-def _pose_of(known: RelativePose) -> PoseWithCovariance:
-    """Rotation and a unit vector (or 0); its length is not known, so neither is the translation."""
+def _to_pose(known: RelativePose) -> PoseWithCovariance:
     pose = PoseWithCovariance()
     x, y, z = known.translation
     pose.pose.position = Point(x=x, y=y, z=z)
     qx, qy, qz, qw = known.quaternion
     pose.pose.orientation = Quaternion(x=qx, y=qy, z=qz, w=qw)
-    pose.covariance = np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_SIGMA**2] * 3).ravel()
+    pose.covariance = known.covariance.ravel()
     return pose
+
+
+def to_mount(found: Transform) -> Mount:
+    """Of a camera, by the transform from its optical frame to the body's."""
+    at = found.translation
+    return Mount(rotation_matrix(found.rotation), np.array([at.x, at.y, at.z]))
 
 
 def rotation_matrix(turn: Quaternion) -> NDArray[np.float64]:
@@ -172,6 +156,8 @@ def to_keyframe(
         centres=array("f", description.centres.astype(np.float32).tobytes()),
         thumbnail=array("B", thumbnail),
     )
+    if description.depth is not None:
+        message.depth = array("f", description.depth.astype(np.float32).tobytes())
     if camera is not None:
         message.camera_info = CameraInfo(
             width=camera.width,
@@ -202,11 +188,13 @@ def from_keyframe(
     finite = all(np.isfinite(numbers).all() for numbers in (descriptor, tokens, centres))
     if not finite or abs(float(np.linalg.norm(descriptor)) - 1) > 0.01:
         raise ValueError(f"{who} has a descriptor that is no unit vector, or is not finite")
+    depth = np.array(message.depth, np.float32).astype(np.float16)
+    if len(depth) not in (0, max_patches) or not (np.isfinite(depth) & (depth >= 0)).all():
+        raise ValueError(f"{who} has {len(depth)} depths, not {max_patches} of 0 m or more")
     camera = to_camera(message.camera_info) if any(message.camera_info.k) else None
-    return (
-        Description(descriptor, tokens.reshape(max_patches, dimension), centres.reshape(-1, 2)),
-        camera,
-    )
+    tokens = tokens.reshape(max_patches, dimension)
+    known = depth if len(depth) else None
+    return Description(descriptor, tokens, centres.reshape(-1, 2), known), camera
 
 
 def to_markers(

@@ -1,4 +1,10 @@
-"""A closure's pose in metres, where one of its two images has depth: perspective-n-point."""
+"""A closure's pose in metres, where one of its two images has depth.
+
+Matches are first refined by correlation of the two pictures; then perspective-n-point finds the
+pose, and what the epipolar geometry says of it decides whether it is believed.
+
+All of it is in the frames of the camera; ``relative_pose.py`` turns it to the body's.
+"""
 
 from __future__ import annotations
 
@@ -8,108 +14,162 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.matching import Camera
-from vpr_lite_ros.relative_pose import PoseType, RelativePose, quaternion
+from vpr_lite_ros.matching import Camera, EpipolarFit
+from vpr_lite_ros.refinement import find_again
 
-MIN_POINTS = 8
+MIN_POINTS = 12
 """Fewer points that agree could agree by chance."""
-DEPTH_WINDOW = 5
-"""Pixels of the depth image across, of which a patch's centre takes the median."""
+MIN_SHARE = 0.5
+"""Of the points that have depth and were found again, this share must agree."""
+MAX_TURN = 0.5
+"""Radians between the rotation found and that of the epipolar geometry, which is off by a third of
+it at most where it is right."""
+MAX_SIGMA_M = 2.5
+"""A pose that is less sure says no more than that the place is the same."""
+CORRELATED = 8.0
+"""Errors of neighbouring points are alike, and depth has some of its own: variances are so many
+times those that the points' misses alone would give. Drawn towns with exact depth ask for 4."""
 
 
 @dataclass(frozen=True)
-class MetricPose:
-    """Pose of the body at the match in the body's frame at the query, in metres."""
+class View:
+    """What is known of the matched patches in one of the two images."""
 
-    pose: RelativePose
+    camera: Camera
+    picture: bytes
+    """The small JPEG that is kept of a keyframe."""
+    centres: NDArray[np.float32]
+    """(M, 2) fractions of the image's width and height."""
+    depth: NDArray[np.float16] | None
+    """(M,) metres along the optical axis; 0 where not known. None: without depth."""
+
+
+@dataclass(frozen=True)
+class MetricFit:
+    """Pose of the candidate's camera in the query's camera frame (optical)."""
+
+    rotation: NDArray[np.float64]
+    """(3, 3)."""
+    translation: NDArray[np.float64]
+    """(3,) metres."""
     covariance: NDArray[np.float64]
-    """(6, 6) as in ``LoopClosure.msg``: x y z, then rotations about x y z, of the query's body
-    frame; metres² and radians². By the errors of the matches that agree."""
+    """(6, 6) of x y z, added, and of rotations about x y z, applied last, all in the query's frame;
+    metres² and radians². By the errors of the matches that agree."""
     inliers: NDArray[np.bool_]
     """(M,) which matches agree."""
+
+    def inverse(self) -> MetricFit:
+        """Pose of the query's camera in the candidate's camera frame."""
+        back = self.rotation.T
+        change = np.zeros((6, 6))
+        change[:3, :3] = change[3:, 3:] = -back
+        change[:3, 3:] = -back @ cross(self.translation[None])[0]
+        return MetricFit(
+            back, -back @ self.translation, change @ self.covariance @ change.T, self.inliers
+        )
+
+
+def measure_way(
+    query: View, match: View, epipolar: EpipolarFit, tolerance: float
+) -> MetricFit | None:
+    """The way between two images in metres, or None if what is known does not tell it surely.
+
+    By the match's depth, or else by the query's.
+
+    Parameters
+    ----------
+    epipolar
+        What the matches alone say.
+    tolerance
+        Of it: largest distance to the epipolar line, in the unit of rays.
+    """
+    for seen, other in ((match, query), (query, match)):
+        if seen.depth is None:
+            continue
+        centres, found = find_again(seen.picture, seen.centres, other.picture, other.centres)
+        # Found again to a pixel or two, points may be held to more than patches.
+        fit = fit_metric_pose(
+            other.camera.rays(centres),
+            seen.camera.rays(seen.centres),
+            np.where(found, seen.depth, 0),
+            tolerance / 2,
+        )
+        if fit is None:
+            continue
+        fit = fit if seen is match else fit.inverse()
+        known = np.count_nonzero(found & (seen.depth > 0))
+        turn = cv2.Rodrigues(fit.rotation @ epipolar.rotation.T)[0]
+        sigma = np.sqrt(np.trace(fit.covariance[:3, :3]))
+        if (
+            np.count_nonzero(fit.inliers) >= MIN_SHARE * known
+            and np.linalg.norm(turn) <= MAX_TURN
+            and sigma <= MAX_SIGMA_M
+        ):
+            return fit
+    return None
 
 
 def fit_metric_pose(
     query_rays: NDArray[np.float64],
-    match_centres: NDArray[np.float32],
-    match_depth: NDArray[np.float32],
-    match_camera: Camera,
+    match_rays: NDArray[np.float64],
+    match_depth: NDArray[np.floating],
     tolerance: float,
-    camera_in_body: NDArray[np.float64],
-) -> MetricPose | None:
+) -> MetricFit | None:
     """The pose with which most matches agree, or None if too few have depth or agree.
 
     Parameters
     ----------
-    query_rays
-        (M, 2) of the query's matched points, as ``Camera.rays`` gives them.
-    match_centres
-        (M, 2) the same points in the match's image, as fractions of it.
+    query_rays, match_rays
+        (M, 2) matched points as ``Camera.rays`` gives them.
     match_depth
-        (H, W) metres along the optical axis, in register with the match's image, of any size; 0,
-        NaN or inf where not known.
-    match_camera
-        Intrinsics of the match's image.
+        (M,) metres along the match's optical axis; 0 where not known.
     tolerance
         Largest distance of a projected point, in the unit of rays (radians near the axis).
-    camera_in_body
-        (4, 4) pose of the optical frame in the body's, metres: the same camera for both images.
 
     Raises
     ------
     ValueError
-        If the matched points are not equally many, or the depth is no image.
+        If the points are not equally many.
     """
-    if match_depth.ndim != 2 or len(query_rays) != len(match_centres):
+    if not len(query_rays) == len(match_rays) == len(match_depth):
         raise ValueError(
-            f"depth {match_depth.shape} must be (H, W); {len(query_rays)} rays must be as many as "
-            f"the {len(match_centres)} centres"
+            f"{len(query_rays)} rays of the query must be as many as the match's "
+            f"{len(match_rays)} and their {len(match_depth)} depths"
         )
-    depth = _sample(match_depth, match_centres)
-    known = np.flatnonzero(depth > 0)
+    known = np.flatnonzero(match_depth > 0)
     if len(known) < MIN_POINTS:
         return None
-    rays = match_camera.rays(match_centres[known])
-    points = np.concatenate([rays, np.ones((len(rays), 1))], axis=1) * depth[known, None]
+    depth = match_depth[known, None].astype(np.float64)
+    points = np.concatenate([match_rays[known], np.ones((len(known), 1))], axis=1) * depth
     seen = np.ascontiguousarray(query_rays[known])
-    found, turn, shift, inliers = cv2.solvePnPRansac(
-        points,
-        seen,
-        np.eye(3),
-        None,
-        None,
-        None,
-        False,
-        1000,
-        tolerance,
-        0.999,
-        None,
-        cv2.SOLVEPNP_SQPNP,
-    )
-    if not found or inliers is None or len(inliers) < MIN_POINTS:
+    try:
+        found, turn, shift, inliers = cv2.solvePnPRansac(
+            points,
+            seen,
+            np.eye(3),
+            None,
+            None,
+            None,
+            False,
+            1000,
+            tolerance,
+            0.999,
+            None,
+            cv2.SOLVEPNP_SQPNP,
+        )
+        if not found or inliers is None or len(inliers) < MIN_POINTS:
+            return None
+        rows = inliers.ravel()
+        turn, shift = cv2.solvePnPRefineLM(points[rows], seen[rows], np.eye(3), None, turn, shift)
+    except cv2.error:  # points on one line, or in one place, have no pose
         return None
-    rows = inliers.ravel()
-    turn, shift = cv2.solvePnPRefineLM(points[rows], seen[rows], np.eye(3), None, turn, shift)
     rotation = np.asarray(cv2.Rodrigues(turn)[0], np.float64)
     covariance = _covariance(points[rows] @ rotation.T, shift.ravel(), seen[rows])
+    if not np.isfinite(covariance).all():
+        return None
     agreeing = np.zeros(len(query_rays), np.bool_)
     agreeing[known[rows]] = True
-    return _in_body(rotation, shift.ravel(), covariance, camera_in_body, agreeing)
-
-
-def _sample(depth: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(M,) median depth around each centre, metres; 0 where most of it is not known."""
-    height, width = depth.shape
-    margin = DEPTH_WINDOW // 2
-    # Not known counts as infinitely far: the median is then, too, if that is most of the window.
-    padded = np.pad(depth, margin, constant_values=np.inf).astype(np.float64)
-    padded[~(padded > 0)] = np.inf
-    column, row = (centres * (width, height)).astype(int).T
-    column, row = column.clip(0, width - 1), row.clip(0, height - 1)
-    across = np.arange(DEPTH_WINDOW)
-    windows = padded[row[:, None, None] + across[:, None], column[:, None, None] + across]
-    middle = np.median(windows.reshape(len(centres), -1), axis=1)
-    return np.where(np.isfinite(middle), middle, 0.0)
+    return MetricFit(rotation, shift.ravel(), covariance, agreeing)
 
 
 def _covariance(
@@ -123,32 +183,13 @@ def _covariance(
         [np.stack([1 / z, zero, -x / z**2], axis=1), np.stack([zero, 1 / z, -y / z**2], axis=1)],
         axis=1,
     )
-    slopes = np.concatenate([projection, -projection @ _cross(turned)], axis=2).reshape(-1, 6)
+    slopes = np.concatenate([projection, -projection @ cross(turned)], axis=2).reshape(-1, 6)
     errors = points[:, :2] / z[:, None] - seen
     variance = (errors**2).sum() / max(errors.size - 6, 1)
-    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * variance)
+    return np.asarray(np.linalg.pinv(slopes.T @ slopes) * CORRELATED * variance)
 
 
-def _in_body(
-    rotation: NDArray[np.float64],
-    shift: NDArray[np.float64],
-    covariance: NDArray[np.float64],
-    camera_in_body: NDArray[np.float64],
-    inliers: NDArray[np.bool_],
-) -> MetricPose:
-    """From the camera's frames to the body's, the lever arm between them included."""
-    mounted, lever = camera_in_body[:3, :3], camera_in_body[:3, 3]
-    turned = mounted @ rotation @ mounted.T
-    arm = turned @ lever
-    x, y, z = (mounted @ shift + lever - arm).tolist()
-    change = np.zeros((6, 6))
-    change[:3, :3] = change[3:, 3:] = mounted
-    change[:3, 3:] = _cross(arm[None])[0] @ mounted
-    pose = RelativePose(PoseType.METRIC, (x, y, z), quaternion(turned))
-    return MetricPose(pose, change @ covariance @ change.T, inliers)
-
-
-def _cross(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def cross(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """(N, 3, 3) matrices that multiply by vectors (N, 3) as the cross product does."""
     x, y, z = vectors.T
     zero = np.zeros_like(x)

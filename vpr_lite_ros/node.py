@@ -117,7 +117,7 @@ class LoopClosureNode(LifecycleNode):
         return Transition.SUCCESS
 
     def on_activate(self, _: LifecycleState) -> TransitionCallbackReturn:
-        """Listen to camera and odometry."""
+        """Listen to camera, depth and odometry."""
         self.opened.detector.forget()
         self._worker = Worker(self._work, "detector")
         self._inputs = Inputs(
@@ -259,8 +259,10 @@ class LoopClosureNode(LifecycleNode):
         image = decode_message(message)
         inputs.look_at(image)
         decoded = time.perf_counter()
+        depth = inputs.depth_of(message.header, image)
+        depth_ms = (time.perf_counter() - decoded) * 1e3
         with self._detector_lock:
-            decision = detector.process(image, stamp_ns, pose, inputs.camera)
+            decision = detector.process(image, stamp_ns, pose, inputs.camera, depth)
         if decision.new_session:
             self.get_logger().warning(
                 f"stamps went back to {stamp_ns / 1e9:.3f} s: a bag that loops, a clock that was "
@@ -271,8 +273,9 @@ class LoopClosureNode(LifecycleNode):
         if not decision.is_keyframe:
             return
         latency_ms = (time.perf_counter() - began) * 1e3
+        decode_ms = (decoded - began) * 1e3
         self.tally.took(
-            {"decode": (decoded - began) * 1e3, **decision.timings_ms, "latency": latency_ms}
+            {"decode": decode_ms, "depth": depth_ms, **decision.timings_ms, "latency": latency_ms}
         )
         self.opened.outputs.publish(
             decision,

@@ -1,4 +1,4 @@
-"""What an active node listens to: images, their calibration, and odometry."""
+"""What an active node listens to: images, their calibration and depth, and odometry."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from nav_msgs.msg import Odometry
@@ -17,12 +18,20 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CameraInfo, CompressedImage
 from sensor_msgs.msg import Image as ImageMessage
+from std_msgs.msg import Header
 
 from vpr_lite_ros import messages
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Pose
+from vpr_lite_ros.depth import (
+    DEPTH_TOLERANCE_NS,
+    PATIENCE_S,
+    Depth,
+    DepthBuffer,
+    decode_depth,
+)
 from vpr_lite_ros.health import Finding, StreamHealth
-from vpr_lite_ros.image import Image
+from vpr_lite_ros.image import Image, ImageError
 from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.odometry import ODOMETRY_TOLERANCE_NS
 from vpr_lite_ros.tally import Tally
@@ -36,10 +45,22 @@ AnyImage: TypeAlias = ImageMessage | CompressedImage
 Say = Callable[[str, str], None]
 
 
+@dataclass
+class _Stream:
+    """Images of one topic, subscribed to as their publishers offer them."""
+
+    topic: str
+    kind: Any
+    take: Callable[[Any], None]
+    subscription: Subscription | None = None
+    reliability: ReliabilityPolicy | None = None
+
+
 class Inputs:
     """The subscriptions of ``node``, from now until ``close``.
 
-    Callbacks run in the executor's thread, ``pose_at`` and ``camera`` are for any.
+    Callbacks run in the executor's thread; ``pose_at`` and ``camera`` are for any, ``depth_of``,
+    which waits for one, for any other.
 
     Parameters
     ----------
@@ -61,20 +82,23 @@ class Inputs:
         say: Say,
     ) -> None:
         self._node, self._tally, self._give, self._say = node, tally, give, say
-        self._compressed = config.image_transport == "compressed"
+        compressed = config.image_transport == "compressed"
         self._wanted = config.qos.image
         self.image_topic: str = node.resolve_topic_name(
-            "image/compressed" if self._compressed else "image"
+            "image/compressed" if compressed else "image"
         )
+        self._images = _Stream(
+            self.image_topic, CompressedImage if compressed else ImageMessage, self._on_image
+        )
+        self._depths = _Stream(node.resolve_topic_name("depth"), ImageMessage, self._on_depth)
         self.camera: Camera | None = None
         """Of the last calibration that came."""
         self.odometry_frame = "odom"
         self._poses: deque[tuple[int, Pose]] = deque(maxlen=1000)
         self._lock = threading.Lock()
         self._health, self._health_lock = StreamHealth(), threading.Lock()
+        self._depth = DepthBuffer()
         self._any_image = False
-        self._images: Subscription | None = None
-        self._reliability: ReliabilityPolicy | None = None
         self._publishers_trouble = ""
         # Odometry comes fast and must not be lost while an image is being taken.
         odometry_qos = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -84,13 +108,17 @@ class Inputs:
             ),
             node.create_subscription(Odometry, "odom", self._on_odometry, odometry_qos),
         ]
-        self._timer = node.create_timer(GRAPH_PERIOD_S, self._subscribe_to_images, clock=clock)
-        self._subscribe_to_images()
+        self._timer = node.create_timer(GRAPH_PERIOD_S, self._look_for_publishers, clock=clock)
+        self._look_for_publishers()
 
     def close(self) -> None:
         """Listen no more."""
         self._node.destroy_timer(self._timer)
-        for subscription in (self._images, *self._subscriptions):
+        for subscription in (
+            self._images.subscription,
+            self._depths.subscription,
+            *self._subscriptions,
+        ):
             if subscription is not None:
                 self._node.destroy_subscription(subscription)
 
@@ -104,6 +132,30 @@ class Inputs:
             return None
         stamp, pose = min(near, key=lambda item: abs(item[0] - stamp_ns))
         return pose if abs(stamp - stamp_ns) <= ODOMETRY_TOLERANCE_NS else None
+
+    def depth_of(self, header: Header, image: Image) -> Depth | None:
+        """The depth image that was taken with an image, if the robot has depth and it fits."""
+        if self._depth.empty:
+            return None
+        message = self._depth.nearest(messages.stamp_ns(header.stamp))
+        try:
+            if message is None:
+                raise ImageError(
+                    "none near",
+                    f"no depth image came within {DEPTH_TOLERANCE_NS / 1e6:.0f} ms of its stamp, "
+                    f"{PATIENCE_S:g} s after it at the latest",
+                )
+            depth = decode_depth(message, header.frame_id, (image.shape[1], image.shape[0]))
+        except ImageError as error:
+            self._tally.count(f"no depth: {error.cause}")
+            self._say(
+                f"depth {error.cause}",
+                f"an image without depth, {self._depths.topic}: {error} (said once; further ones "
+                "are counted in /diagnostics)",
+            )
+            return None
+        self._tally.count("images with depth")
+        return depth
 
     def look_at(self, image: Image) -> None:
         """Judge the picture of an image that came: RGB, (H, W, 3)."""
@@ -130,12 +182,11 @@ class Inputs:
             return self._publishers_trouble
         return f"{self.image_topic} has a publisher, but no image has arrived yet"
 
-    def _subscribe_to_images(self) -> None:
-        """Subscribe as ``qos.image`` says, and anew when publishers come whose QoS asks for it."""
-        publishers = self._node.get_publishers_info_by_topic(self.image_topic)
-        offered = {publisher.qos_profile.reliability for publisher in publishers}
+    def _look_for_publishers(self) -> None:
+        """Say what is wrong with those of images; subscribe as they offer it."""
+        offered = self._offered(self._images.topic)
         self._publishers_trouble = ""
-        if not publishers:
+        if not offered:
             self._publishers_trouble = (
                 f"nobody publishes {self.image_topic}: does the camera's driver run, and is that "
                 "the topic it uses (image_topic, image_transport)?"
@@ -145,22 +196,31 @@ class Inputs:
                 f"{self.image_topic} is offered best_effort and asked for reliable: no image "
                 "comes through. Set qos.image to auto"
             )
-        wanted = self._wanted
+        self._subscribe(self._images, self._wanted, offered)
+        self._subscribe(self._depths, "auto", self._offered(self._depths.topic))
+
+    def _offered(self, topic: str) -> set[ReliabilityPolicy]:
+        publishers = self._node.get_publishers_info_by_topic(topic)
+        return {publisher.qos_profile.reliability for publisher in publishers}
+
+    def _subscribe(self, stream: _Stream, wanted: str, offered: set[ReliabilityPolicy]) -> None:
+        """As ``wanted`` says, and anew when publishers come whose QoS asks for it."""
         if wanted == "auto":
-            if not publishers:
+            if not offered:
                 return
             wanted = "reliable" if offered == {ReliabilityPolicy.RELIABLE} else "best_effort"
         reliability = ReliabilityPolicy[wanted.upper()]
-        if reliability == self._reliability:
+        if reliability == stream.reliability:
             return
-        if self._images is not None:
-            self._node.destroy_subscription(self._images)
-        kind: Any = CompressedImage if self._compressed else ImageMessage
+        if stream.subscription is not None:
+            self._node.destroy_subscription(stream.subscription)
         # Deep enough that images are dropped, and counted, here and not by the middleware.
         qos = QoSProfile(depth=10, reliability=reliability)
-        self._images = self._node.create_subscription(kind, self.image_topic, self._on_image, qos)
-        self._reliability = reliability
-        self._node.get_logger().info(f"listening to {self.image_topic}, {wanted}")
+        stream.subscription = self._node.create_subscription(
+            stream.kind, stream.topic, stream.take, qos
+        )
+        stream.reliability = reliability
+        self._node.get_logger().info(f"listening to {stream.topic}, {wanted}")
 
     def _on_image(self, message: AnyImage) -> None:
         self._any_image = True
@@ -174,6 +234,10 @@ class Inputs:
                 f"no calibration on {self._node.resolve_topic_name('camera_info')}: closures are "
                 "not checked by epipolar geometry and have no relative pose",
             )
+
+    def _on_depth(self, message: ImageMessage) -> None:
+        self._tally.count("depth images")
+        self._depth.put(messages.stamp_ns(message.header.stamp), message)
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         try:

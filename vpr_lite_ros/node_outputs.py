@@ -6,9 +6,7 @@ import threading
 from collections import deque
 from typing import Any
 
-import numpy as np
 import rclpy
-from numpy.typing import NDArray
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image as ImageMessage
@@ -25,6 +23,7 @@ from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.node_inputs import Say
+from vpr_lite_ros.relative_pose import Mount
 from vpr_lite_ros.tally import Tally
 
 CLOSURES_KEPT = 10_000
@@ -56,7 +55,7 @@ class Outputs:
         self._database, self._lock, self._tally, self._say = database, lock, tally, say
         self.closures: deque[LoopClosure] = deque(maxlen=CLOSURES_KEPT)
         """The latest, oldest first."""
-        self._optical_in_body: dict[str, NDArray[np.float64]] = {}
+        self._mounts: dict[str, Mount] = {}
         # A back end that joins late still gets what was found before, if it asks for it.
         latched = QoSProfile(
             depth=1000,
@@ -130,7 +129,7 @@ class Outputs:
             robot_id=self._config.robot_id,
             model_id=self._bundle.model_id,
             latency_ms=latency_ms,
-            optical_in_body=self._camera_rotation(camera_frame),
+            mount=self._mount(camera_frame),
         )
 
     def _share(self, decision: Decision, header: Header, camera: Camera | None) -> None:
@@ -174,23 +173,23 @@ class Outputs:
         message.header.stamp = messages.to_time(decision.stamp_ns)
         self._match_image_topic.publish(message)
 
-    def _camera_rotation(self, camera_frame: str) -> NDArray[np.float64]:
-        """Rotation of the camera's optical frame in the body's frame, from tf if it is there."""
-        if camera_frame in self._optical_in_body:
-            return self._optical_in_body[camera_frame]
+    def _mount(self, camera_frame: str) -> Mount:
+        """Where the camera is on the body, from tf if it is there."""
+        if camera_frame in self._mounts:
+            return self._mounts[camera_frame]
         if self._tf_buffer is not None:
             try:
                 found = self._tf_buffer.lookup_transform(
                     self._config.body_frame, camera_frame, rclpy.time.Time()
                 )
-                rotation = messages.rotation_matrix(found.transform.rotation)
-                self._optical_in_body[camera_frame] = rotation
-                return rotation
+                mount = messages.to_mount(found.transform)
+                self._mounts[camera_frame] = mount
+                return mount
             except Exception:  # tf2's exceptions share no base class with a public name
                 pass
         self._say(
             "tf",
             f"no transform from {self._config.body_frame} to {camera_frame!r} on tf: relative "
-            "poses take the camera to look forward, upright",
+            "poses take the camera to look forward, upright, and to be a metre or so from there",
         )
-        return messages.OPTICAL_IN_BODY
+        return Mount()

@@ -62,6 +62,10 @@ def _add_replay_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, help="folder for results; empty: build/replay/<name of source>"
     )
     _add_recording_options(parser)
+    parser.add_argument(
+        "--depth-topic", metavar="TOPIC",
+        help="of a bag: depth images in register with the camera's; closures are in metres then",
+    )  # fmt: skip
     _add_all_parameters(parser)
 
 
@@ -219,6 +223,7 @@ def _add_simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another town")
     parser.add_argument("--raw", action="store_true", help="raw images in place of JPEG")
+    parser.add_argument("--depth", action="store_true", help="depth images, too (0.6 MB each)")
     parser.add_argument(
         "--storage", choices=("sqlite3", "mcap"), default="sqlite3", help="storage of the bag"
     )

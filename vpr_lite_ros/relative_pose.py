@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.matching import EpipolarFit
+from vpr_lite_ros.metric_pose import MetricFit, cross
 
 ROTATION_SIGMA = 0.1
 """Radians: patches lie 16 px apart, so a rotation from them is good to some degrees."""
+UNKNOWN_VARIANCE = 1e6
+"""Metres² and radians²: says nothing."""
+UNKNOWN_ARM_M = 1.0
+"""How far the camera may sit from the body's origin, along each axis, where nobody says."""
 
 OPTICAL_IN_BODY: NDArray[np.float64] = np.array(
     [[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
@@ -29,6 +34,16 @@ class PoseType(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class Mount:
+    """Where the camera is on the body."""
+
+    rotation: NDArray[np.float64] = field(default_factory=lambda: OPTICAL_IN_BODY)
+    """(3, 3) of the optical frame in the body's."""
+    position: NDArray[np.float64] | None = None
+    """(3,) metres; None if not known."""
+
+
+@dataclass(frozen=True)
 class RelativePose:
     """Pose of the body at the match, in the body's frame at the query."""
 
@@ -37,23 +52,45 @@ class RelativePose:
     """Metres if METRIC; a unit vector if ROTATION_AND_DIRECTION; else zeros."""
     quaternion: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 1.0)
     """x y z w; says nothing if NONE."""
+    covariance: NDArray[np.float64] = field(default_factory=lambda: np.eye(6) * UNKNOWN_VARIANCE)
+    """(6, 6) of x y z, then rotations about x y z, of the query's body frame; metres², radians²."""
 
 
 def relative_pose_of(
-    fit: EpipolarFit | None, optical_in_body: NDArray[np.float64] = OPTICAL_IN_BODY
+    fit: EpipolarFit | None, metric: MetricFit | None = None, mount: Mount | None = None
 ) -> RelativePose:
     """The relative pose that a candidate's geometry gives.
 
-    ``optical_in_body`` (3, 3) rotates from the camera's optical frame to the body's.
+    ``mount`` is that of both images' camera; None takes one that looks forward.
     """
+    mount = mount or Mount()
+    if metric is not None:
+        return _metric_pose(metric, mount)
     if fit is None:
         return RelativePose()
-    x, y, z = (float(value) for value in optical_in_body @ fit.direction)
+    x, y, z = (float(value) for value in mount.rotation @ fit.direction)
     return RelativePose(
         PoseType.ROTATION_AND_DIRECTION if fit.direction.any() else PoseType.ROTATION,
         (x, y, z),
-        quaternion(optical_in_body @ fit.rotation @ optical_in_body.T),
+        quaternion(mount.rotation @ fit.rotation @ mount.rotation.T),
+        np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_SIGMA**2] * 3),
     )
+
+
+def _metric_pose(metric: MetricFit, mount: Mount) -> RelativePose:
+    """From the camera's frames to the body's, the lever arm between them included."""
+    turned = mount.rotation @ metric.rotation @ mount.rotation.T
+    lever = np.zeros(3) if mount.position is None else mount.position
+    arm = turned @ lever
+    x, y, z = (mount.rotation @ metric.translation + lever - arm).tolist()
+    change = np.zeros((6, 6))
+    change[:3, :3] = change[3:, 3:] = mount.rotation
+    change[:3, 3:] = cross(arm[None])[0] @ mount.rotation
+    covariance = change @ metric.covariance @ change.T
+    if mount.position is None:
+        swung = (np.eye(3) - turned) * UNKNOWN_ARM_M
+        covariance[:3, :3] += swung @ swung.T
+    return RelativePose(PoseType.METRIC, (x, y, z), quaternion(turned), covariance)
 
 
 def quaternion(rotation: NDArray[np.float64]) -> tuple[float, float, float, float]:

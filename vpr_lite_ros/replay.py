@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vpr_lite_ros.bags import Source, SourceError, open_source, read_pairs, read_poses
+from vpr_lite_ros.bags.depth import DepthTrack
 from vpr_lite_ros.bags.rosbag import is_bag
 from vpr_lite_ros.camera_file import read_camera
 from vpr_lite_ros.config import Config
@@ -62,7 +63,8 @@ CLOSURE_FIELDS = (
 """Columns of the closures' files. Frames are numbered from 0 in the recording's order; frame and
 name of a match are empty where it is a keyframe of another session, confidence where the model
 is not calibrated. The last eight say where the body was at the match in the frame of the body at
-the query, as ``LoopClosure.msg`` does, of a camera that looks forward; empty where not known."""
+the query, as ``LoopClosure.msg`` does, of a camera that looks forward; empty where not known.
+``closures.jsonl`` also has ``covariance``, 36 numbers row by row, of METRIC poses."""
 
 DECIMALS = 6
 
@@ -100,6 +102,7 @@ def replay_recording(
     *,
     image_topic: str | None = None,
     odom_topic: str | None = None,
+    depth_topic: str | None = None,
     rate_hz: float = 1.0,
     camera_file: Path | None = None,
     poses: Path | None = None,
@@ -115,6 +118,8 @@ def replay_recording(
         rosbag2, ROS 1 bag, folder of images or video.
     image_topic, odom_topic
         Of a bag; needed where it has several. An empty ``odom_topic`` does without odometry.
+    depth_topic
+        Of a bag: depth in register with the images, so that closures are in metres.
     rate_hz
         Frames per second of images without stamps.
     camera_file
@@ -143,13 +148,18 @@ def replay_recording(
         )
         camera = read_camera(camera_file) if camera_file else source_camera(source)
         odometry = read_odometry(recording, odom_topic)
+        depth = None
+        if depth_topic:
+            if not is_bag(recording):
+                raise SourceError(f"{recording} is no bag: it has no depth topic {depth_topic!r}")
+            depth = stack.enter_context(DepthTrack(recording, depth_topic))
         bundle = Path(config.bundle) if config.bundle else DEFAULT_BUNDLE
         model = open_model(bundle, config.backend, config.threads)
         database = open_database(config, model.bundle, config.session_id)
         stack.callback(database.close)
         detector = LoopDetector(config, model, database)
 
-        run = replay(source, detector, output, camera=camera, odometry=odometry)
+        run = replay(source, detector, output, camera=camera, odometry=odometry, depth=depth)
 
         evaluation = None
         if known_poses is not None:
@@ -173,6 +183,8 @@ def replay_recording(
             "backend": model.backend,
             "epipolar_check": camera is not None,
             "odometry": odometry.topic if odometry else None,
+            "depth": depth.topic if depth else None,
+            "without_depth": depth.missing if depth else {},
             "latency_ms_p50": percentile(run.latencies_ms, 50),
             "latency_ms_p95": percentile(run.latencies_ms, 95),
             "seconds": round(run.seconds, 1),
@@ -191,6 +203,7 @@ def replay(
     *,
     camera: Camera | None = None,
     odometry: Odometry | None = None,
+    depth: DepthTrack | None = None,
 ) -> Run:
     """Give every frame of ``source`` to ``detector``; write what comes out, as it comes.
 
@@ -203,7 +216,11 @@ def replay(
             frames = progress(source, len(source), "frame", "replaying")
             for number, frame in numbered(source, frames):
                 pose = odometry.at(frame.stamp_ns) if odometry else None
-                decision = detector.process(frame.image, frame.stamp_ns, pose, camera)
+                distances = None
+                if depth and detector.is_due(frame.stamp_ns, pose):
+                    size = frame.image.shape[1], frame.image.shape[0]
+                    distances = depth.at(frame.stamp_ns, frame.frame_id, size)
+                decision = detector.process(frame.image, frame.stamp_ns, pose, camera, distances)
                 if decision.fault:
                     raise DatabaseError(decision.fault)
                 _note(run, number, frame.stamp_ns, frame.name, decision)
@@ -282,14 +299,15 @@ def _records(run: Run, number: int, decision: Decision) -> list[Record]:
 
 
 def _relative_pose(candidate: Candidate) -> Record:
-    known = relative_pose_of(candidate.fit)
+    known = relative_pose_of(candidate.fit, candidate.metric)
     if known.pose_type is PoseType.NONE:
         return {"pose_type": known.pose_type.name}
     values = dict(zip(("x", "y", "z"), known.translation, strict=True))
     values |= dict(zip(("qx", "qy", "qz", "qw"), known.quaternion, strict=True))
-    return {"pose_type": known.pose_type.name} | {
-        name: round(value, DECIMALS) for name, value in values.items()
-    }
+    pose: Record = {name: round(value, DECIMALS) for name, value in values.items()}
+    if known.pose_type is PoseType.METRIC:
+        pose["covariance"] = [float(f"{value:.6g}") for value in known.covariance.ravel()]
+    return {"pose_type": known.pose_type.name} | pose
 
 
 def _rounded(value: float) -> float | None:
@@ -323,7 +341,8 @@ class _Files:
             print(dumps(record), file=self._decisions)
         if decision.closure is not None:
             closure = records[decision.candidates.index(decision.closure)]
-            print(dumps({key: closure[key] for key in CLOSURE_FIELDS}), file=self._closures)
+            kept = {key: closure[key] for key in (*CLOSURE_FIELDS, "covariance") if key in closure}
+            print(dumps(kept), file=self._closures)
             self._table.writerow(closure)
 
 

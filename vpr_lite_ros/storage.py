@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from vpr_lite_ros.matching import Camera
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x5650524C
 """Marks the file as ours ("VPRL") in SQLite's header."""
 SYNC_PERIOD_S = 0.5
@@ -47,6 +47,15 @@ CREATE TABLE checksums (   -- CRC-32 of a keyframe's parts; NULL for those of sc
     thumbnail INTEGER
 );
 """
+# A table of its own: behind the tokens it could be read only with them.
+_ADDED_BY_SCHEMA_3 = """
+CREATE TABLE depths (      -- of the keyframes that have depth
+    id INTEGER PRIMARY KEY,
+    depth BLOB NOT NULL    -- N float16, metres at the centres; 0: not known
+);
+ALTER TABLE checksums ADD COLUMN depth INTEGER /* NULL: it has no depth */;
+"""
+_TABLES = ("keyframes", "checksums", "depths")
 _SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE model (
@@ -105,6 +114,8 @@ class Keyframe:
     camera: Camera | None
     centres: NDArray[np.float32]
     """(N, 2) patch centres, fractions of the image's width and height."""
+    depth: NDArray[np.float16] | None = None
+    """(N,) metres along the optical axis at each centre, 0 where not known; None without depth."""
 
 
 class Head(NamedTuple):
@@ -236,23 +247,24 @@ class KeyframeFile:
                 for statement in _SCHEMA.split(";\n"):
                     self._sql.execute(statement)
                 self._sql.execute("INSERT INTO model VALUES (?, ?, ?)", model)
-                self._bring_to_schema_2()
+                self._migrate(1)
         else:
             self._refuse_others(application, version, model[0])
             if not self.read_only:
                 self._write_ahead()
-                if version == 1:
+                if version < SCHEMA_VERSION:
                     with self._transaction():
-                        self._bring_to_schema_2()
+                        self._migrate(version)
 
     def _refuse_others(self, application: int, version: int, model_id: str) -> None:
         if application != APPLICATION_ID:
             raise DatabaseError(
                 f"database {self.path} was not made by vpr_lite_ros: pass another database_path"
             )
-        if version == 1 and self.read_only:
+        if 1 <= version < SCHEMA_VERSION and self.read_only:
             raise OldSchemaError(
-                f"database {self.path} has schema 1, this release reads schema {SCHEMA_VERSION}",
+                f"database {self.path} has schema {version}, this release reads schema "
+                f"{SCHEMA_VERSION}",
                 "open it once in mode mapping, which brings it there",
             )
         if not 1 <= version <= SCHEMA_VERSION:
@@ -288,11 +300,14 @@ class KeyframeFile:
             self._sql.execute("PRAGMA synchronous = FULL")
             self._synced_id = 0
 
-    def _bring_to_schema_2(self) -> None:
-        """What schema 2 has over schema 1."""
-        for statement in _ADDED_BY_SCHEMA_2.split(";\n"):
-            self._sql.execute(statement)
-        self._sql.execute("INSERT INTO checksums (id) SELECT id FROM keyframes")
+    def _migrate(self, version: int) -> None:
+        """Add what the schemas after ``version`` have over it."""
+        for number, added in ((2, _ADDED_BY_SCHEMA_2), (3, _ADDED_BY_SCHEMA_3)):
+            if number > version:
+                for statement in added.split(";\n"):
+                    self._sql.execute(statement)
+        if version < 2:
+            self._sql.execute("INSERT INTO checksums (id) SELECT id FROM keyframes")
         self._sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     # -- reading -------------------------------------------------------------------------------
@@ -314,7 +329,7 @@ class KeyframeFile:
 
     def keyframe(self, keyframe_id: int) -> Keyframe:
         """The stored keyframe ``keyframe_id``; ``KeyError`` if there is none."""
-        row, expected = self._row(keyframe_id, f"{_HEAD}, centres", "head, centres")
+        row, expected = self._row(keyframe_id, f"{_HEAD}, centres", "head, centres, depth")
         camera, centres = row[5], row[7]
         head = self._check_head(row[:7], expected[0])
         self._check(keyframe_id, "centres", centres, expected[1])
@@ -322,7 +337,17 @@ class KeyframeFile:
             *head[:5],
             Camera.from_json(camera) if camera else None,
             np.frombuffer(centres, np.float32).reshape(-1, 2),
+            self._depth(keyframe_id, expected[2]) if expected[2] is not None else None,
         )
+
+    def _depth(self, keyframe_id: int, expected: object) -> NDArray[np.float16]:
+        with self._explaining(f"keyframe {keyframe_id} cannot be read"):
+            row = self._sql.execute(
+                "SELECT depth FROM depths WHERE id = ?", (keyframe_id,)
+            ).fetchone()
+        blob = row[0] if row else b""
+        self._check(keyframe_id, "depth", blob, expected)
+        return np.frombuffer(blob, np.float16)
 
     def tokens(self, keyframe_id: int) -> NDArray[np.float16]:
         """Tokens (N, D) of one keyframe; ``KeyError`` if there is none."""
@@ -389,6 +414,7 @@ class KeyframeFile:
         centres: NDArray[np.float32],
         tokens: NDArray[np.float16],
         thumbnail: bytes,
+        depth: NDArray[np.float16] | None,
     ) -> int:
         """Store a keyframe and return its id, which is higher than any before."""
         pose_text = json.dumps([*pose.position, *pose.quaternion]) if pose else None
@@ -412,9 +438,17 @@ class KeyframeFile:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*head, *blobs),
             )
+            depth_blob = depth.tobytes() if depth is not None else None
+            if depth_blob is not None:
+                self._sql.execute("INSERT INTO depths VALUES (?, ?)", (head[0], depth_blob))
             self._sql.execute(
-                "INSERT INTO checksums VALUES (?, ?, ?, ?, ?)",
-                (head[0], _head_checksum(head), *map(zlib.crc32, blobs)),
+                "INSERT INTO checksums VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    head[0],
+                    _head_checksum(head),
+                    *map(zlib.crc32, blobs),
+                    zlib.crc32(depth_blob) if depth_blob is not None else None,
+                ),
             )
         self._last_id = head[0]
         self._wrote()
@@ -423,14 +457,14 @@ class KeyframeFile:
     def delete(self, ids: list[int]) -> None:
         """Delete these keyframes, all or none; the file keeps its size and reuses the room."""
         with self._explaining("keyframes not deleted"), self._transaction():
-            for table in ("keyframes", "checksums"):
+            for table in _TABLES:
                 self._sql.executemany(f"DELETE FROM {table} WHERE id = ?", [(i,) for i in ids])
         self._wrote()
 
     def clear(self) -> None:
         """Delete all keyframes; ids begin anew."""
         with self._paused(), self._explaining("not emptied"), self._transaction():
-            for table in ("keyframes", "checksums"):
+            for table in _TABLES:
                 self._sql.execute(f"DELETE FROM {table}")
             self._last_id = 0
             if self._syncer is not None:

@@ -73,7 +73,8 @@ class Closure:
     """(6, 6) over x y z and rotations about x y z of the query's body frame, metres², radians².
     The translation's part is read of METRIC alone, the rotation's of all but NONE."""
     other_session: bool = False
-    """The match was taken in another session: this trajectory has no pose of it."""
+    """The match was taken in another session, or by another robot: this trajectory has no pose of
+    it."""
 
 
 @dataclass

@@ -238,7 +238,9 @@ def to_closure(message: LoopClosure) -> Closure:
         (at.x, at.y, at.z),
         (turn.x, turn.y, turn.z, turn.w),
         np.array(message.relative_pose.covariance, np.float64).reshape(6, 6),
-        other_session=message.query_session != message.match_session,
+        # A session's name may be given; two robots may then both have a "monday".
+        other_session=(message.robot_id, message.query_session)
+        != (message.match_robot_id, message.match_session),
     )
 
 

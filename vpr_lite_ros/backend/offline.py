@@ -264,7 +264,11 @@ def _to_closure(fields: dict[str, Any]) -> Closure:
         return closure
     x, y, z = (float(fields[name]) for name in ("x", "y", "z"))
     qx, qy, qz, qw = (float(fields[name]) for name in ("qx", "qy", "qz", "qw"))
-    return replace(closure, translation=(x, y, z), quaternion=(qx, qy, qz, qw))
+    closure = replace(closure, translation=(x, y, z), quaternion=(qx, qy, qz, qw))
+    if kind is not PoseType.METRIC:
+        return closure
+    covariance = np.array(fields["covariance"], np.float64).reshape(6, 6)
+    return replace(closure, covariance=covariance)
 
 
 def read_trajectory(path: Path, topic: str | None = None, *, of_camera: bool = False) -> Poses:

@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -17,6 +18,7 @@ from vpr_lite_ros.simulation import Drive, OdometrySample, SimulatedFrame
 
 CAMERA_FRAME = "camera"
 BASE_FRAME = "base_link"
+DEPTH_TOPIC = "/camera/depth/image_raw"
 
 _STORE = get_typestore(Stores.ROS2_JAZZY)
 _STORAGES = {"sqlite3": StoragePlugin.SQLITE3, "mcap": StoragePlugin.MCAP}
@@ -27,13 +29,15 @@ def write_drive(
     path: str | Path,
     *,
     compressed: bool = True,
+    depth: bool = False,
     storage: str = "sqlite3",
     jpeg_quality: int = 90,
 ) -> Path:
     """Draw a drive and record it.
 
     Topics: `/camera/image_raw/compressed` (or `/camera/image_raw`), `/camera/camera_info`,
-    `/odom` (drifting, odom to base_link) and `/ground_truth` (true, map to base_link).
+    `/odom` (drifting, odom to base_link) and `/ground_truth` (true, map to base_link); with depth
+    `/camera/depth/image_raw` (16UC1, exact, in register with the images), too.
 
     Parameters
     ----------
@@ -43,6 +47,8 @@ def write_drive(
         Folder to create.
     compressed
         JPEG images, or raw rgb8 ones.
+    depth
+        Record depth, too: 0.6 MB an image.
     storage
         `sqlite3` or `mcap`.
     jpeg_quality
@@ -69,7 +75,7 @@ def write_drive(
     with Writer(path, version=8, storage_plugin=_STORAGES[storage]) as writer:
         connections: dict[str, Any] = {}
         stream = merge(
-            _camera(drive, image_topic, jpeg_quality if compressed else None),
+            _camera(drive, image_topic, jpeg_quality if compressed else None, depth),
             _poses("/odom", "odom", drive.odometry()),
             _poses("/ground_truth", "map", drive.ground_truth()),
             key=lambda item: item[0],
@@ -85,29 +91,37 @@ def write_drive(
 Item = tuple[int, str, Any]
 
 
-def _camera(drive: Drive, topic: str, jpeg_quality: int | None) -> Iterator[Item]:
+def _camera(drive: Drive, topic: str, jpeg_quality: int | None, depth: bool) -> Iterator[Item]:
     for frame in drive.frames():
         header = _header(frame.stamp_ns, CAMERA_FRAME)
         yield frame.stamp_ns, "/camera/camera_info", _camera_info(drive, header)
+        if depth:
+            millimetres = np.where(frame.depth < 65.5, np.round(frame.depth * 1000), 0)
+            message = _raw_image(header, millimetres.astype(np.uint16), "16UC1")
+            yield frame.stamp_ns, DEPTH_TOPIC, message
         yield frame.stamp_ns, topic, _image(frame, header, jpeg_quality)
 
 
 def _image(frame: SimulatedFrame, header: Any, jpeg_quality: int | None) -> Any:
-    height, width = frame.image.shape[:2]
     if jpeg_quality is None:
-        return _STORE.types["sensor_msgs/msg/Image"](
-            header=header,
-            height=height,
-            width=width,
-            encoding="rgb8",
-            is_bigendian=0,
-            step=3 * width,
-            data=frame.image.reshape(-1),
-        )
+        return _raw_image(header, frame.image, "rgb8")
     bgr = cv2.cvtColor(frame.image, cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])
     return _STORE.types["sensor_msgs/msg/CompressedImage"](
         header=header, format="jpeg", data=data.reshape(-1)
+    )
+
+
+def _raw_image(header: Any, pixels: NDArray[Any], encoding: str) -> Any:
+    height, width = pixels.shape[:2]
+    return _STORE.types["sensor_msgs/msg/Image"](
+        header=header,
+        height=height,
+        width=width,
+        encoding=encoding,
+        is_bigendian=0,
+        step=pixels[0].nbytes,
+        data=pixels.reshape(-1).view(np.uint8),
     )
 
 

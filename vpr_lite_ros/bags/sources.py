@@ -51,11 +51,14 @@ class Frame:
         RGB.
     name : str
         File name in a folder, topic in a bag, frame number in a video.
+    frame_id : str
+        Of the camera; empty where the source does not know it.
     """
 
     stamp_ns: int
     image: NDArray[np.uint8]
     name: str
+    frame_id: str = ""
 
 
 class Source(ABC):
@@ -186,7 +189,7 @@ class BagSource(Source):
             except UnusableImage as cause:
                 self._skip(str(cause), f"{self.topic} at {stamp_ns / 1e9:.3f} s")
                 continue
-            yield Frame(stamp_ns, image, self.topic)
+            yield Frame(stamp_ns, image, self.topic, message.header.frame_id)
 
     def close(self) -> None:
         self._bag.close()

@@ -45,6 +45,8 @@ class SimulatedFrame:
         Nanoseconds.
     image : (H, W, 3) uint8 array
         RGB.
+    depth : (H, W) float32 array
+        Metres along the optical axis, exact; 0 where there is the sky.
     pose : (x, y, yaw)
         True pose of base_link in the world (ENU): metres, metres, radians.
     lap : int
@@ -53,6 +55,7 @@ class SimulatedFrame:
 
     stamp_ns: int
     image: NDArray[np.uint8]
+    depth: NDArray[np.float32]
     pose: Pose
     lap: int
 
@@ -149,7 +152,8 @@ class Drive:
                 view = TownView(town, _LIGHT[lap - 1], lap, self.camera)
             # Each frame has its own noise, whichever frames are drawn before it.
             rng = np.random.default_rng([self.seed, 20, (int(stamp) - START_NS) // 10**6])
-            yield SimulatedFrame(int(stamp), _expose(view.draw(*pose), lap, rng), pose, lap)
+            image, depth = view.draw(*pose)
+            yield SimulatedFrame(int(stamp), _expose(image, lap, rng), depth, pose, lap)
 
     def _true_poses(self) -> list[Pose]:
         return [(float(x), float(y), float(yaw)) for x, y, yaw in self.poses]

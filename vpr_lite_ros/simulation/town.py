@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vpr_lite_ros.simulation.houses import paint_blank_wall, paint_facade
 from vpr_lite_ros.simulation.land import Box, Ground, Street, paint_grain, paint_sky
@@ -311,13 +312,16 @@ class TownView:
         air = np.random.default_rng([seed, 4, lap])
         self._sky = paint_sky(np.random.default_rng([seed, 5]), air, light)
 
-    def draw(self, x: float, y: float, yaw: float) -> Image:
-        """Return what the camera sees (H, W, 3) from a pose of the body (metres, radians)."""
+    def draw(self, x: float, y: float, yaw: float) -> tuple[Image, NDArray[np.float32]]:
+        """Return what the camera sees (H, W, 3) from a pose of the body (metres, radians).
+
+        And how far away that is: metres (H, W) along the optical axis, 0 for the sky.
+        """
         canvas = Canvas(self._camera, *camera_pose(x, y, yaw))
         canvas.draw_rectangles(self._facing(canvas.position), self._texture)
         canvas.draw_ground(self._map, self._ground.origin, self._ground.pixel, self._grain)
         canvas.draw_sky(self._sky, yaw)
-        return canvas.image
+        return canvas.image, canvas.depth()
 
     def _texture(self, index: int) -> Texture:
         if index not in self._textures:

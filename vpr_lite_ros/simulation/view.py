@@ -135,7 +135,8 @@ class Canvas:
     image : (H, W, 3) uint8 array
         RGB.
     inverse_depth : (H, W) float32 array
-        1 / metres along the optical axis of what is drawn so far; 0 where nothing is.
+        1 / metres along the optical axis of what is drawn so far; 0 where nothing is. The sky
+        leaves it 0.
     """
 
     def __init__(self, camera: Pinhole, rotation: Array, position: Array) -> None:
@@ -241,8 +242,11 @@ class Canvas:
                 fine = _warp(grain, to_grain, (0, top, camera.width, bottom - top), True)
                 patch = np.asarray(cv2.multiply(patch, cv2.merge([fine] * 3), scale=1 / 128))
             cv2.copyTo(patch, free, self.image[top:bottom])
+        slope_x, slope_y, level = to_texture[2]
+        columns = slope_x * np.arange(camera.width) + level
+        depth = (slope_y * np.arange(horizon, camera.height)[:, None] + columns).astype(np.float32)
         below = self.inverse_depth[horizon:]
-        below[below == 0] = 1e-6  # Taken: the sky is elsewhere.
+        np.copyto(below, depth, where=below == 0)
 
     def _ground_homography(self, origin: tuple[float, float], east: float, south: float) -> Array:
         edges = np.array([[east, 0, 0], [0, -south, 0], [*origin, 0.0] - self.position])
@@ -274,6 +278,11 @@ class Canvas:
         columns = np.ascontiguousarray(np.broadcast_to(column, row.shape))
         patch = cv2.remap(panorama, columns, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         cv2.copyTo(patch, free, self.image[:bottom])
+
+    def depth(self) -> NDArray[np.float32]:
+        """Metres (H, W) along the optical axis of what is drawn; 0 where that is the sky."""
+        with np.errstate(divide="ignore"):
+            return np.where(self.inverse_depth > 0, 1 / self.inverse_depth, np.float32(0))
 
     def _project(self, points: Array) -> Array:
         """Project a polygon (N, 3) in camera coordinates, cut at the near plane, to pixels."""

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""How far METRIC closures of drawn drives are from the truth.
+
+    vpr-lite simulate drive --seed 3 --depth
+    vpr-lite replay drive --image-topic /camera/image_raw/compressed --output out \
+        --depth-topic /camera/depth/image_raw
+    scripts/measure_metric.py out drive
+
+A replay does not know where the camera sits on the body: its poses are of the camera, turned as the
+body is, and so is the truth here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+
+from vpr_lite_ros.backend.offline import read_closures
+from vpr_lite_ros.bags import read_poses
+from vpr_lite_ros.relative_pose import PoseType, rotation_matrix
+from vpr_lite_ros.simulation.view import CAMERA_IN_BASE
+
+
+def main() -> None:
+    """Print metres and radians off, and how far apart the two images were taken."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("replay", type=Path, help="folder that vpr-lite replay has written")
+    parser.add_argument("drive", type=Path, help="bag that vpr-lite simulate has written")
+    args = parser.parse_args()
+    closures = read_closures(args.replay / "closures.jsonl")
+    truth = read_poses(args.drive)
+    assert truth.stamps_ns is not None and truth.quaternions is not None
+    rows = []
+    for closure in closures:
+        if closure.pose_type is not PoseType.METRIC:
+            continue
+        at = [
+            int(np.abs(truth.stamps_ns - s).argmin()) for s in (closure.query_ns, closure.match_ns)
+        ]
+        turns = [rotation_matrix(*truth.quaternions[row]) for row in at]
+        query, match = (
+            truth.xyz[row] + turn @ CAMERA_IN_BASE for row, turn in zip(at, turns, strict=True)
+        )
+        way = turns[0].T @ (match - query)
+        error = rotation_matrix(*closure.quaternion).T @ turns[0].T @ turns[1]
+        off = float(np.linalg.norm(np.array(closure.translation) - way))
+        angle = math.acos(min(1.0, max(-1.0, (float(np.trace(error)) - 1) / 2)))
+        rows.append((off, angle, float(np.linalg.norm(way))))
+    print(f"{len(rows)} of {len(closures)} closures are METRIC")
+    if rows:
+        for name, values in zip(
+            ("metres off", "radians off", "metres apart"), zip(*rows, strict=True), strict=True
+        ):
+            median, most, worst = np.percentile(values, (50, 90, 100))
+            print(f"  {name}: median {median:.3f}, 90% {most:.3f}, largest {worst:.3f}")
+
+
+if __name__ == "__main__":
+    main()

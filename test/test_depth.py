@@ -1,0 +1,315 @@
+"""Depth from message to metres, beside its image, into keyframes and out as a METRIC closure."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vpr_lite_ros.bags import SourceError, recording, write_drive
+from vpr_lite_ros.bags.depth import DepthTrack
+from vpr_lite_ros.bags.recording import DEPTH_TOPIC
+from vpr_lite_ros.config import make_config
+from vpr_lite_ros.database import open_database
+from vpr_lite_ros.depth import DepthBuffer, decode_depth, sample_depth
+from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.image import ImageError
+from vpr_lite_ros.inference import DEFAULT_BUNDLE, PlaceModel, open_model
+from vpr_lite_ros.matching import Camera
+from vpr_lite_ros.relative_pose import Mount, PoseType, relative_pose_of, rotation_matrix
+from vpr_lite_ros.replay import replay_recording
+from vpr_lite_ros.simulation import Drive, SimulatedFrame, simulate_drive
+
+MS = 1_000_000
+METRES = np.array([[0.0, 0.5, 1.25], [2.0, 30.0, 65.0]], np.float32)
+
+
+def message(pixels: NDArray[Any], encoding: str, /, **changes: Any) -> Any:
+    """A depth message of (H, W) pixels, as rclpy and rosbags give it."""
+    height, width = pixels.shape
+    fields = {
+        "header": SimpleNamespace(frame_id="camera_optical"),
+        "height": height,
+        "width": width,
+        "encoding": encoding,
+        "is_bigendian": 0,
+        "step": width * pixels.itemsize,
+        "data": pixels.tobytes(),
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def decode(one: Any, frame: str = "camera_optical", size: tuple[int, int] = (3, 2)) -> Any:
+    return decode_depth(one, frame, size)
+
+
+def test_encodings_are_metres() -> None:
+    millimetres = np.round(METRES * 1000).astype("<u2")
+    padded = np.zeros((2, 5), "<u2")
+    padded[:, :3] = millimetres
+    wild = METRES.copy()
+    wild[0] = np.nan, np.inf, -3
+    for one, expected in (
+        (message(METRES, "32FC1"), METRES),
+        (message(millimetres, "16UC1"), METRES),
+        (message(millimetres, "mono16"), METRES),
+        (message(millimetres.astype(">u2"), "16UC1", is_bigendian=1), METRES),
+        (message(padded, "16UC1", width=3), METRES),
+        (message(wild, "32FC1"), METRES * [[0], [1]]),
+    ):
+        np.testing.assert_allclose(decode(one), expected, rtol=1e-6)
+    # A smaller depth image of the same view, and frames with a slash before them, will do.
+    decode(message(METRES, "32FC1"), "/camera_optical", (1920, 1280))
+    decode(message(METRES, "32FC1"), "", (1920, 1280))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "words"),
+    [
+        ({"encoding": "rgb8"}, "unknown encoding", "16UC1 (millimetres) or 32FC1"),
+        ({"data": b""}, "empty image", "3x2"),
+        ({"height": 3}, "truncated image", "24 bytes, 3 rows of 12"),
+        ({"step": 11}, "truncated image", "2 rows of 12"),
+        ({"data": np.full(6, np.nan, "f4").tobytes()}, "nothing measured", "out of range"),
+        ({"header": SimpleNamespace(frame_id="depth")}, "not registered", "align_depth"),
+    ],
+)
+def test_what_is_no_depth_of_the_image_says_why(
+    changes: dict[str, Any], cause: str, words: str
+) -> None:
+    with pytest.raises(ImageError) as error:
+        decode(message(METRES, "32FC1", **changes))
+    assert error.value.cause == cause and words in str(error.value)
+
+
+def test_another_view_is_refused() -> None:
+    with pytest.raises(ImageError, match="3x2, the image 640x480"):
+        decode(message(METRES, "32FC1"), size=(640, 480))
+
+
+def test_a_centre_takes_the_median_around_it() -> None:
+    depth = np.full((100, 200), 8.0, np.float32)
+    depth[:, 100:] = 20.0
+    depth[48:53, 48:51] = 0  # 15 of the window's 25 pixels: not known
+    depth[20, 20] = np.nan
+    depth[70, 70] = 0.3  # a speck
+    depth[90:, :10] = 1e6  # no number that is stored
+    points = [(50, 50), (20, 20), (70, 70), (5, 95), (0, 0), (199.9, 99.9), (99, 30), (101, 30)]
+    centres = (np.array(points) / (200, 100)).astype(np.float32)
+    found = sample_depth(depth, centres)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, [0, 8, 8, 0, 0, 0, 8, 20])
+    with pytest.raises(ValueError, match=r"\(H, W\)"):
+        sample_depth(depth[None], centres)
+
+
+# Depth and images come on topics of their own
+
+
+def test_the_nearest_is_taken_if_it_is_near() -> None:
+    buffer = DepthBuffer()
+    assert buffer.empty and buffer.nearest(0) is None
+    for stamp in range(100, 1100, 100):
+        buffer.put(stamp * MS, stamp)
+    assert not buffer.empty
+    assert buffer.nearest(530 * MS) == 500
+    assert buffer.nearest(551 * MS) == 600
+    assert buffer.nearest(440 * MS) == 400
+    assert buffer.nearest(40 * MS) is None
+    # A bag that begins anew: what was there before is another drive's.
+    buffer.put(100 * MS, "again")
+    assert buffer.nearest(100 * MS) == "again"
+    assert buffer.nearest(1000 * MS) is None
+
+
+def test_depth_that_comes_after_its_image_is_waited_for() -> None:
+    buffer = DepthBuffer()
+    buffer.put(100 * MS, "before")
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(buffer.nearest(140 * MS)))
+    waiting.start()
+    # "before" is near enough, but it is not the image's own.
+    buffer.put(139 * MS, "nearer")
+    buffer.put(141 * MS, "own")
+    waiting.join()
+    assert found in (["nearer"], ["own"]), "equally near"
+    assert buffer.nearest(150 * MS) == "own", "... and what never comes is not waited for long"
+
+
+# A drive with depth, to closures in metres
+
+
+SETTINGS = {
+    "keyframe.min_interval_s": 0.0,
+    "keyframe.max_similarity": 1.0,
+    "min_closure_interval_s": 0.0,
+    "session_id": "drive",
+}
+"""Every image is a keyframe, and every closure leaves."""
+
+
+@pytest.fixture(scope="module")
+def revisit() -> tuple[Drive, list[SimulatedFrame]]:
+    """A street, driven along in the morning and again in the evening, in the other lane."""
+    drive = simulate_drive(0)
+    seen = [*range(18, 36), *range(202, 218, 2)]
+    drive = replace(
+        drive, stamps_ns=drive.stamps_ns[seen], poses=drive.poses[seen], laps=drive.laps[seen]
+    )
+    return drive, list(drive.frames())
+
+
+@pytest.fixture(scope="module")
+def shipped() -> PlaceModel:
+    return open_model(DEFAULT_BUNDLE, "auto", threads=2)
+
+
+@pytest.fixture
+def detector(shipped: PlaceModel, tmp_path: Path) -> Iterator[LoopDetector]:
+    config = make_config({**SETTINGS, "database_path": str(tmp_path / "drive.db")})
+    database = open_database(config, shipped.bundle, "drive")
+    yield LoopDetector(config, shipped, database)
+    database.close()
+
+
+def run(
+    detector: LoopDetector, drive: Drive, frames: list[SimulatedFrame], laps: tuple[int, ...]
+) -> list[tuple[SimulatedFrame, Decision]]:
+    """What the detector says of each frame; those of ``laps`` have depth."""
+    camera = Camera(*drive.image_size, tuple(drive.camera_matrix.ravel().tolist()))
+    return [
+        (
+            frame,
+            detector.process(
+                frame.image,
+                frame.stamp_ns,
+                camera=camera,
+                depth=frame.depth if frame.lap in laps else None,
+            ),
+        )
+        for frame in frames
+    ]
+
+
+@pytest.mark.parametrize("laps", [(1,), (2,)], ids=["of the match", "of the query"])
+def test_closures_of_a_drive_with_depth_are_metric(
+    detector: LoopDetector, revisit: tuple[Drive, list[SimulatedFrame]], laps: tuple[int, ...]
+) -> None:
+    drive, frames = revisit
+    truth = {frame.stamp_ns: frame.pose for frame in frames}
+    mount = Mount(position=np.array(drive.camera_in_base))
+    errors = []
+    for frame, decision in run(detector, drive, frames, laps):
+        closure = decision.closure
+        if closure is None:
+            continue
+        known = relative_pose_of(closure.fit, closure.metric, mount)
+        assert known.pose_type is PoseType.METRIC
+        x, y, yaw = frame.pose
+        there_x, there_y, there_yaw = truth[closure.keyframe.stamp_ns]
+        away = np.array([[np.cos(yaw), np.sin(yaw)], [-np.sin(yaw), np.cos(yaw)]]) @ (
+            there_x - x,
+            there_y - y,
+        )
+        off = np.linalg.norm(known.translation - np.array([*away, 0]))
+        turn = rotation_matrix(*known.quaternion)
+        off_turn = np.arctan2(turn[1, 0], turn[0, 0]) - (there_yaw - yaw)
+        errors.append((off, abs(np.angle(np.exp(1j * off_turn))), np.linalg.norm(away)))
+    metres, radians, away_m = np.array(errors).T
+    assert len(metres) >= 4 and np.median(away_m) > 2, "too few, or too easy"
+    assert np.median(metres) < 0.3 and metres.max() < 1.0
+    assert np.median(radians) < 0.02
+
+
+def test_depth_outlives_the_process_and_is_what_was_measured(
+    detector: LoopDetector, revisit: tuple[Drive, list[SimulatedFrame]]
+) -> None:
+    drive, frames = revisit
+    ((frame, decision),) = run(detector, drive, frames[:1], (1,))
+    ((_, without),) = run(detector, drive, frames[1:2], ())
+    assert decision.keyframe_id is not None and without.keyframe_id is not None
+    database = detector.database
+    assert database.keyframe(without.keyframe_id).depth is None
+    keyframe = database.keyframe(decision.keyframe_id)
+    assert keyframe.depth is not None and keyframe.depth.nbytes == 2 * len(keyframe.centres)
+    column, row = (keyframe.centres * drive.image_size).astype(int).T
+    at = frame.depth[row, column]
+    near = np.abs(keyframe.depth - at) <= 0.1 * at
+    assert near.mean() > 0.9, "but for edges, a centre's own depth"
+
+
+# The same without a robot: a bag
+
+
+@pytest.fixture(scope="module")
+def bag(
+    revisit: tuple[Drive, list[SimulatedFrame]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return write_drive(revisit[0], tmp_path_factory.mktemp("bags") / "revisit", depth=True)
+
+
+def test_a_bag_with_depth_is_replayed_in_metres(bag: Path, tmp_path: Path) -> None:
+    topics: dict[str, Any] = {"image_topic": "/camera/image_raw/compressed", "odom_topic": ""}
+    config = make_config(SETTINGS)
+    summary = replay_recording(bag, tmp_path, config, depth_topic=DEPTH_TOPIC, **topics)
+    assert (summary["depth"], summary["without_depth"]) == (DEPTH_TOPIC, {})
+    closures = [json.loads(line) for line in (tmp_path / "closures.jsonl").read_text().splitlines()]
+    assert {closure["pose_type"] for closure in closures} == {"METRIC"}
+    for closure in closures:
+        covariance = np.array(closure["covariance"]).reshape(6, 6)
+        assert (np.linalg.eigvalsh(covariance) > 0).all()
+        # The other lane is to the right of this one.
+        assert -4 < closure["y"] < -1 and np.hypot(closure["x"], closure["y"]) < 8
+    assert "covariance" not in (tmp_path / "closures.csv").read_text().splitlines()[0]
+    with pytest.raises(SourceError, match="no depth topic '/far'"):
+        replay_recording(bag, tmp_path / "wrong", config, depth_topic="/far", **topics)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "0.jpg").write_bytes(b"")
+    with pytest.raises(SourceError, match="is no bag"):
+        replay_recording(folder, tmp_path / "wrong", config, depth_topic="/far")
+
+
+def test_depth_of_a_bag_is_that_of_its_images(
+    bag: Path, revisit: tuple[Drive, list[SimulatedFrame]], caplog: pytest.LogCaptureFixture
+) -> None:
+    drive, frames = revisit
+    with DepthTrack(bag, DEPTH_TOPIC) as track:
+        for frame in frames[2::5]:
+            depth = track.at(frame.stamp_ns + 40 * MS, "camera", drive.image_size)
+            assert depth is not None
+            near = frame.depth < 65
+            np.testing.assert_allclose(depth[near], frame.depth[near], atol=6e-4)
+        assert track.at(frames[-1].stamp_ns + 51 * MS, "camera", drive.image_size) is None
+        assert track.at(frames[-1].stamp_ns + 60 * MS, "camera", drive.image_size) is None
+        assert track.missing == {"none near": 2}
+    assert caplog.text.count("an image without depth") == 1
+    with DepthTrack(bag, DEPTH_TOPIC) as track:
+        assert track.at(frames[0].stamp_ns, "another_camera", drive.image_size) is None
+        assert track.missing == {"not registered": 1}
+
+
+def test_of_a_fast_depth_camera_the_nearest_image_is_taken(tmp_path: Path) -> None:
+    from rosbags.rosbag2 import Writer
+
+    store = recording._STORE
+    with Writer(tmp_path / "fast", version=8) as writer:
+        kind = "sensor_msgs/msg/Image"
+        connection = writer.add_connection("/depth", kind, typestore=store)
+        for number in range(1, 30):
+            stamp = 33 * number * MS
+            pixels = np.full((2, 3), number, np.uint16)
+            one = recording._raw_image(recording._header(stamp, "camera"), pixels, "16UC1")
+            writer.write(connection, stamp, store.serialize_cdr(one, kind))
+    with DepthTrack(tmp_path / "fast", "/depth") as track:
+        for wanted, expected in ((100, 3), (118, 4), (340, 10), (347, 11), (980, 29)):
+            depth = track.at(wanted * MS, "camera", (3, 2))
+            assert depth is not None and round(float(depth[0, 0] * 1000)) == expected
