@@ -57,6 +57,8 @@ FAREWELL_TIMEOUT_S = 20.0
 DRIVE_SETTINGS = {"min_time_gap_s": 20.0, "min_closure_interval_s": 0.0}
 """On the demo drive a place comes again after 29 to 38 s; every keyframe that is recognised is
 shown."""
+DRIVE_SPEED = 3.0
+"""Whoever tries it for the first time need not wait for a minute of driving."""
 WRITTEN = ("trajectory.png", "map.png", "report.json")
 PICTURES = 3
 PICTURE_GAP_NS = 6_000_000_000
@@ -92,7 +94,7 @@ def run_demo(
     settings: dict[str, object],
     *,
     bag: Path | None = None,
-    speed: float = 1.0,
+    speed: float | None = None,
     image_topic: str | None = None,
     radius_m: float = 10.0,
 ) -> Record:
@@ -108,7 +110,8 @@ def run_demo(
         None draws the demo drive. Otherwise a rosbag2 or ROS 1 bag; its closures are judged if
         it has a topic of poses or odometry.
     speed
-        Times the recorded pace; the player waits where the node needs longer.
+        Times the recorded pace; the player waits where the node needs longer. None: a bag's own
+        pace, the drawn drive ``DRIVE_SPEED`` times as fast.
     image_topic
         Where the bag has several.
     radius_m
@@ -128,6 +131,7 @@ def run_demo(
     """
     if bag is None:
         settings = {**DRIVE_SETTINGS, **settings}
+    speed = speed or (DRIVE_SPEED if bag is None else 1.0)
     config = make_config(settings)
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("loop_*.jpg"), *(output / name for name in WRITTEN)):

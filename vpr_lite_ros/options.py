@@ -165,8 +165,9 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("build/demo"), help="folder for results"
     )
     parser.add_argument(
-        "--speed", type=_positive, default=1.0, metavar="X", help="times the recorded pace"
-    )
+        "--speed", type=_positive, metavar="X",
+        help="times the recorded pace (default: 1 for a bag, 3 for the drive that is drawn)",
+    )  # fmt: skip
     parser.add_argument("--image-topic", metavar="TOPIC", help="where the bag has several")
     parser.add_argument(
         "--radius", type=_positive, default=10.0, metavar="M",
