@@ -221,6 +221,11 @@ def test_kitti_with_its_poses_and_camera(
     assert figures["truth"]["source"] == "poses.csv"
     assert figures["evaluation"]["true_if"] == "taken within 5 m"
     assert figures["evaluation"]["findable_keyframes"] > 5
+    apart = figures["evaluation"]["false_apart_m"]
+    assert len(apart) == figures["evaluation"]["false_closures"] > 1 and apart == sorted(apart)
+    assert apart[0] > 5
+    told = f"({apart[0]:.1f} to {apart[-1]:.1f} m apart)"
+    assert any(told in one["text"] for one in figures["advice"])
 
 
 def test_the_corridor_with_its_pairs_and_the_real_model(
@@ -232,6 +237,7 @@ def test_the_corridor_with_its_pairs_and_the_real_model(
     assert figures["frames"] == figures["keyframes"] == 84
     assert figures["evaluation"]["findable_keyframes"] == 44
     assert figures["evaluation"]["precision"] > 0.95 and figures["evaluation"]["recall"] > 0.5
+    assert figures["evaluation"]["false_apart_m"] is None
     assert any("list of pairs" in one for one in figures["cannot"])
     assert any("no epipolar check" in one["text"] for one in figures["advice"])
 

@@ -97,6 +97,14 @@ def advice(figures: Record, target: float) -> list[Record]:
     return found
 
 
+def _apart(metres: list[float] | None) -> str:
+    """A near miss bends no map; two places that look alike do."""
+    if not metres:
+        return ""
+    nearest, farthest = f"{metres[0]:.1f}", f"{metres[-1]:.1f}"
+    return f" ({nearest}{f' to {farthest}' if farthest != nearest else ''} m apart)"
+
+
 def _about_closures(figures: Record, evaluation: Record, target: float) -> list[Record]:
     found = []
     revisits, false = evaluation["findable_keyframes"], evaluation["false_closures"]
@@ -105,8 +113,9 @@ def _about_closures(figures: Record, evaluation: Record, target: float) -> list[
         found.append(
             _says(
                 BAD if evaluation["precision"] < target else WARN,
-                f"{false} of {evaluation['closures_judged']} closures are false. Look at them "
-                "below; a back end needs a robust loss for these"
+                f"{false} of {evaluation['closures_judged']} closures "
+                f"{'is' if false == 1 else 'are'} false{_apart(evaluation['false_apart_m'])}. Look "
+                "below; a back end needs a robust loss for such"
                 + (
                     ", or take the recommended parameters"
                     if recommended.get("reached") and evaluation["precision"] < target

@@ -10,7 +10,7 @@ import numpy as np
 
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.detector import sureness
-from vpr_lite_ros.evaluation import Booleans, PrecisionRecall, roc_auc
+from vpr_lite_ros.evaluation import Booleans, Integers, PrecisionRecall, RadiusTruth, roc_auc
 from vpr_lite_ros.matching import Status
 from vpr_lite_ros.measurement import Answer, answer_curve, measure, reorder
 from vpr_lite_ros.reporting.decisions import (
@@ -146,6 +146,7 @@ def against_truth(
         "evaluation": {
             **evaluation,
             "false_closures": evaluation["closures_judged"] - evaluation["true_closures"],
+            "false_apart_m": _apart_m(truth, pairs[outcomes[closed] == FALSE]),
             "precision_low": precision.low, "precision_high": precision.high,
             "recall_low": recall.low, "recall_high": recall.high,
         },
@@ -155,6 +156,14 @@ def against_truth(
         "missed": dict(missed.most_common()),
         "outcomes": [STORED_OUTCOMES[outcome] for outcome in outcomes.tolist()],
     }  # fmt: skip
+
+
+def _apart_m(truth: Truth, pairs: Integers) -> list[float] | None:
+    """How far apart the images (M, 2) of each pair were taken; None where no poses tell."""
+    if not isinstance(truth.judge, RadiusTruth):
+        return None
+    distances = np.linalg.norm(truth.judge.xyz[pairs[:, 0]] - truth.judge.xyz[pairs[:, 1]], axis=1)
+    return np.sort(distances).round(2).tolist()
 
 
 def _answers(
