@@ -203,6 +203,7 @@ def test_without_ground_truth_it_says_what_cannot_be_said(
     compare(seen, figures)
     assert folder.name in seen.words
     assert "Precision, recall, curves" in seen.words and "--poses FILE" in seen.words
+    assert "which frame is where which one was" in seen.words
     assert figures["closures"] > 0 and "surest" in figures["gallery"]
     assert "evaluation.precision" not in seen.texts
 
@@ -238,6 +239,8 @@ def test_the_corridor_with_its_pairs_and_the_real_model(
     assert figures["evaluation"]["findable_keyframes"] == 44
     assert figures["evaluation"]["precision"] > 0.95 and figures["evaluation"]["recall"] > 0.5
     assert figures["evaluation"]["false_apart_m"] is None
+    page = (work / "report.html").read_text(encoding="utf-8")
+    assert 'id="matches"' in page and 'id="trajectory"' not in page
     assert any("list of pairs" in one for one in figures["cannot"])
     assert any("no epipolar check" in one["text"] for one in figures["advice"])
 

@@ -87,6 +87,24 @@ def trajectory(xyz: Floats, closures: Sequence[tuple[int, int, bool]]) -> str:
     return plot.svg
 
 
+def matches(closures: Sequence[tuple[int, int, bool | None]]) -> str:
+    """Which frame is where which one was, for want of a map; None: nobody knows whether it is."""
+    kinds = ((None, QUIET, ""), (True, TRUE_COLOUR, "true "), (False, FALSE_COLOUR, "false "))
+    with _plot(7.2, 5.6) as (plot, axes):
+        for kind, colour, name in kinds:
+            chosen = np.array([pair[:2] for pair in closures if pair[2] is kind], np.int64)
+            if len(chosen):
+                axes.plot(
+                    chosen[:, 0], chosen[:, 1], "o", color=colour, markersize=4,
+                    rasterized=len(chosen) > MOST_POINTS, label=f"{name}closures ({len(chosen)})",
+                )  # fmt: skip
+        axes.set_xlabel("frame")
+        axes.set_ylabel("is where this frame was")
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.legend(loc="best")
+    return plot.svg
+
+
 def precision_recall(curves: Record, evaluation: Record) -> str:
     """Curves of retrieval, re-ranking and the whole detector, and where it works now."""
     names = {"detector": "whole detector", "retrieval": "retrieval", "reranked": "re-ranked"}

@@ -13,7 +13,10 @@ from vpr_lite_ros.inference import DEFAULT_BUNDLE, PlaceModel, open_model
 from vpr_lite_ros.reporting import plots
 from vpr_lite_ros.reporting.advice import advice, verdict
 from vpr_lite_ros.reporting.decisions import (
+    FALSE,
     TRUE,
+    Decisions,
+    Outcomes,
     candidate_outcomes,
     decide,
     findable_keyframes,
@@ -86,12 +89,12 @@ def make_report(asked: Asked, output: Path, config: Config, target: float) -> Re
         if figures["scores"]:
             drawn["scores"] = plots.scores(figures["scores"])
         if truth.xyz is not None:
-            closures = [
-                (int(recording.frame[one]), int(recording.frame[decisions.match[one]]),
-                 bool(outcomes[one] == TRUE))
-                for one in np.flatnonzero(decisions.match >= 0).tolist()
-            ]  # fmt: skip
-            drawn["trajectory"] = plots.trajectory(truth.xyz, closures)
+            judgeable = [
+                (query, match, true)
+                for query, match, true in _closures(recording, decisions, outcomes)
+                if true is not None
+            ]
+            drawn["trajectory"] = plots.trajectory(truth.xyz, judgeable)
         else:
             cannot.append("Where it was: the ground truth is a list of pairs, without positions")
         try:
@@ -104,6 +107,9 @@ def make_report(asked: Asked, output: Path, config: Config, target: float) -> Re
             "Precision, recall, curves, where closures are true, recommended parameters: "
             + (no_truth or "no frame became a keyframe")
         )
+    closures = _closures(recording, decisions, outcomes)
+    if closures and "trajectory" not in drawn:
+        drawn["matches"] = plots.matches(closures)
     if len(recording):
         drawn["timeline"] = plots.timeline(figures["timeline"], figures.get("outcomes"))
         drawn["latency"] = plots.latency(figures["latency_ms"])
@@ -123,7 +129,7 @@ def make_report(asked: Asked, output: Path, config: Config, target: float) -> Re
     write_json(output / FIGURES, figures)
     page = output / PAGE
     kinds = ("best", "worst", "close", "missed", "surest", "least")
-    names = ("trajectory", "precision_recall", "scores", "timeline", "latency")
+    names = ("trajectory", "matches", "precision_recall", "scores", "timeline", "latency")
     text = render(
         figures,
         {name: drawn.get(name, "") for name in names},
@@ -131,6 +137,19 @@ def make_report(asked: Asked, output: Path, config: Config, target: float) -> Re
     )
     page.write_text(text, encoding="utf-8")
     return figures
+
+
+def _closures(
+    recording: Recording, decisions: Decisions, outcomes: Outcomes | None
+) -> list[tuple[int, int, bool | None]]:
+    """Frames of each closure and whether it is true; None where nobody knows."""
+    closed = np.flatnonzero(decisions.match >= 0)
+    verdicts: dict[int, bool] = {TRUE: True, FALSE: False}
+    true = [None if outcomes is None else verdicts.get(int(outcomes[one])) for one in closed]
+    frames = recording.frame
+    return list(
+        zip(frames[closed].tolist(), frames[decisions.match[closed]].tolist(), true, strict=True)
+    )
 
 
 def tune_parameters(asked: Asked, work: Path, config: Config, target: float) -> Tuning | Recording:
