@@ -137,8 +137,9 @@ def bad(found: dict[str, Finding]) -> set[str]:
 def test_nothing_is_wrong_with_a_good_topic(camera: Camera, reliability: ReliabilityPolicy) -> None:
     camera.publish(reliability=reliability)
     found = camera.look()
-    # The tests' machine may be too busy for ten images a second.
-    assert bad(found) - {"gaps"} == {"large images"} & found.keys()
+    # The tests' machine may be too busy for ten images a second, and which of the drawn pictures
+    # are seen then is chance: some have little detail. test_health.py tells blurred from sharp.
+    assert bad(found) - {"gaps", "blurred"} == {"large images"} & found.keys()
     assert "rgb8 320x240" in found[camera.topic].seen
     assert reliability.name.lower() in found["qos"].seen
     assert "fx 256" in found["camera_info"].seen
