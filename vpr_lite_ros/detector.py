@@ -215,9 +215,10 @@ class LoopDetector:
         self._compare_ways(decision.candidates, stamp_ns, pose)
         self._verify(description, camera, decision)
         decision.closure = self._accept(self._follow(decision.candidates), stamp_ns)
-        self._measure(decision, image, description, camera)
+        picture = thumbnail(image)
+        self._measure(decision, picture, description, camera)
 
-        self._store(decision, image, description, pose, camera)
+        self._store(decision, picture, description, pose, camera)
         decision.is_keyframe = True
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
@@ -252,7 +253,7 @@ class LoopDetector:
         if passed:
             decision.closure = max(passed, key=sureness)
             decision.closure.status = Status.ACCEPTED
-            self._measure(decision, image, description, camera)
+            self._measure(decision, thumbnail(image), description, camera)
         return decision
 
     def examine(
@@ -361,7 +362,7 @@ class LoopDetector:
         return self.config.epipolar_tolerance_px * angle
 
     def _measure(
-        self, decision: Decision, image: Image, description: Description, camera: Camera | None
+        self, decision: Decision, picture: bytes, description: Description, camera: Camera | None
     ) -> None:
         """The way to the closure in metres, where one of the two images has depth."""
         closure = decision.closure
@@ -373,11 +374,11 @@ class LoopDetector:
         assert camera is not None and keyframe.camera is not None, "there is an epipolar fit"
         with _timed(decision, "metric"):
             try:
-                picture = self.database.thumbnail(keyframe.id)
+                stored = self.database.thumbnail(keyframe.id)
             except DatabaseError:  # a damaged picture costs no closure
                 return
-            query = _view(camera, thumbnail(image), description, matches.query)
-            match = _view(keyframe.camera, picture, keyframe, matches.candidate)
+            query = _view(camera, picture, description, matches.query)
+            match = _view(keyframe.camera, stored, keyframe, matches.candidate)
             closure.metric = measure_way(query, match, closure.fit, self._tolerance(camera))
 
     def judge(self, candidate: Candidate) -> Status:
@@ -415,7 +416,7 @@ class LoopDetector:
     def _store(
         self,
         decision: Decision,
-        image: Image,
+        picture: bytes,
         description: Description,
         pose: Pose | None,
         camera: Camera | None,
@@ -426,7 +427,7 @@ class LoopDetector:
         with _timed(decision, "store"):
             try:
                 decision.keyframe_id = self.database.add(
-                    decision.stamp_ns, description, pose, camera, thumbnail(image)
+                    decision.stamp_ns, description, pose, camera, picture
                 )
             except DatabaseError as error:
                 decision.fault = str(error)

@@ -226,7 +226,7 @@ class StreamHealth:
 
     @property
     def rate_hz(self) -> float:
-        """Images a second by their stamps (median); NaN while unknown."""
+        """Images a second by their stamps (median), however long ago; NaN while unknown."""
         steps = [step for step, _ in self._steps if step is not None and step > 0]
         return 1e9 / float(np.median(steps)) if steps else math.nan
 

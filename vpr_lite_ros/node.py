@@ -419,7 +419,8 @@ class LoopClosureNode(LifecycleNode):
         findings = []
         if self._inputs is not None:
             findings = self._inputs.findings()
-            values["rate_hz"] = f"{self._inputs.rate_hz:.1f}"
+            silent = any(one.name == "silence" for one in findings)
+            values["rate_hz"] = "0.0" if silent else f"{self._inputs.rate_hz:.1f}"
         values |= {f"images: {one.name}": f"{one.seen}. {one.remedy}" for one in findings}
         if self._worker is not None and self._paused:
             text = "paused"

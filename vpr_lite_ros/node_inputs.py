@@ -169,11 +169,10 @@ class Inputs:
 
     @property
     def rate_hz(self) -> float:
-        """Images a second, by their stamps; 0 before there are two, and when they cease."""
+        """Images a second, by their stamps, as long as they came; 0 before there are two."""
         with self._health_lock:
             rate = self._health.rate_hz
-            silent = "silence" in {one.name for one in self._health.findings(time.monotonic_ns())}
-        return 0.0 if silent or math.isnan(rate) else rate
+        return 0.0 if math.isnan(rate) else rate
 
     @property
     def trouble(self) -> str:
