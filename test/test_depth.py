@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from vpr_lite_ros.bags import SourceError, recording, write_drive
 from vpr_lite_ros.bags.depth import DepthTrack
 from vpr_lite_ros.bags.recording import DEPTH_TOPIC
+from vpr_lite_ros.bags.rosbag import Bag
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import open_database
 from vpr_lite_ros.depth import DepthBuffer, decode_depth, sample_depth
@@ -313,3 +315,44 @@ def test_of_a_fast_depth_camera_the_nearest_image_is_taken(tmp_path: Path) -> No
         for wanted, expected in ((100, 3), (118, 4), (340, 10), (347, 11), (980, 29)):
             depth = track.at(wanted * MS, "camera", (3, 2))
             assert depth is not None and round(float(depth[0, 0] * 1000)) == expected
+
+
+def test_depth_that_is_made_worse_is_as_bad_as_said(
+    bag: Path, revisit: tuple[Drive, list[SimulatedFrame]], repository: Path, tmp_path: Path
+) -> None:
+    script = runpy.run_path(str(repository / "scripts" / "worsen_depth.py"))
+    drive, frames = revisit
+    seen: dict[str, list[NDArray[np.float32]]] = {}
+    for name, camera, farthest_m in (
+        ("near", "exact", 20.0),
+        ("stereo", "stereo", 20.0),
+        ("again", "stereo", 20.0),
+        ("rgbd", "rgbd", 8.0),
+    ):
+        copied = script["worsen"](bag, tmp_path / name, camera, farthest_m, DEPTH_TOPIC, 3)
+        assert copied == len(frames)
+        with DepthTrack(tmp_path / name, DEPTH_TOPIC) as track:
+            of_all = [track.at(one.stamp_ns, "camera", drive.image_size) for one in frames]
+        empty = np.zeros(frames[0].depth.shape, np.float32)
+        seen[name] = [empty if depth is None else depth for depth in of_all]
+    truth, near, stereo, again, rgbd = (
+        np.stack(images) for images in ([one.depth for one in frames], *seen.values())
+    )
+    np.testing.assert_array_equal(stereo, again)
+    for depth, farthest_m in ((near, 20), (rgbd, 8)):
+        assert ((depth > 0) == ((truth > 0) & (truth < farthest_m))).mean() > 0.9999
+        np.testing.assert_allclose(depth[depth > 0], truth[depth > 0], atol=6e-4)
+    assert 0 < stereo.max() <= 20
+    # Where nothing is cut away, the disparity is off as it should be, alike within a block.
+    focal = drive.camera_matrix[0, 0]
+    close = (truth > 0) & (truth < 10)
+    assert (stereo > 0)[close].all()
+    off = np.full(truth.shape, np.nan)
+    off[close] = focal * 0.12 * (1 / stereo[close] - 1 / truth[close])
+    assert np.nanstd(off) == pytest.approx(0.3, rel=0.1) and abs(np.nanmean(off)) < 0.05
+    assert np.nanmax(np.ptp(off[:, 472:480, 320:328], axis=(1, 2))) < 0.05
+    for topic in ("/ground_truth", "/odom", "/camera/camera_info"):
+        before, after = Bag(bag), Bag(tmp_path / "near")
+        assert before.count(topic) == after.count(topic) > 0
+        before.close()
+        after.close()
