@@ -25,14 +25,11 @@ from vpr_lite_ros.relative_pose import PoseType, rotation_matrix
 from vpr_lite_ros.simulation.view import CAMERA_IN_BASE
 
 
-def main() -> None:
-    """Print metres and radians off, alone and by what was stated, and how far apart they were."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("replay", type=Path, help="folder that vpr-lite replay has written")
-    parser.add_argument("drive", type=Path, help="bag that vpr-lite simulate has written")
-    args = parser.parse_args()
-    closures = read_closures(args.replay / "closures.jsonl")
-    truth = read_poses(args.drive)
+def errors(replay: Path, drive: Path) -> tuple[int, list[tuple[float, float, float, float]]]:
+    """How many closures there are; of each METRIC one metres off, radians off, metres off by what
+    was stated, and metres between the two images."""
+    closures = read_closures(replay / "closures.jsonl")
+    truth = read_poses(drive)
     assert truth.stamps_ns is not None and truth.quaternions is not None
     rows = []
     for closure in closures:
@@ -51,7 +48,28 @@ def main() -> None:
         angle = math.acos(min(1.0, max(-1.0, (float(np.trace(error)) - 1) / 2)))
         stated = math.sqrt(float(np.trace(closure.covariance[:3, :3])))
         rows.append((off, angle, off / stated, float(np.linalg.norm(way))))
-    print(f"{len(rows)} of {len(closures)} closures are METRIC")
+    return len(closures), rows
+
+
+def main() -> None:
+    """Print the median, the 90th percentile and the largest of each, all drives together."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="REPLAY DRIVE",
+        help="what vpr-lite replay has written, and the bag of vpr-lite simulate; or several pairs",
+    )
+    folders = parser.parse_args().folders
+    if len(folders) % 2:
+        parser.error("to each replay belongs its drive")
+    closures, rows = 0, []
+    for replay, drive in zip(folders[::2], folders[1::2], strict=True):
+        count, found = errors(replay, drive)
+        closures += count
+        rows += found
+    print(f"{len(rows)} of {closures} closures are METRIC")
     if rows:
         names = "metres off", "radians off", "off / stated", "metres apart"
         for name, values in zip(names, zip(*rows, strict=True), strict=True):
