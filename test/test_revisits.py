@@ -123,6 +123,18 @@ def test_one_closure_in_the_interval_while_a_revisit_lasts(
     assert all(one.recognised is one.candidates[0] for one in decisions[8:])
 
 
+def test_the_interval_holds_for_images_that_come_out_of_order(
+    make_detector: MakeDetector, make_picture: MakePicture
+) -> None:
+    detector = make_detector(top_k=1, min_time_gap_s=5.0, min_closure_interval_s=0.75)
+    _drive(detector, make_picture, [(seed, None) for seed in range(8)])
+    accepted = [
+        detector.process(make_picture(seed), round(second * SECOND)).closure is not None
+        for seed, second in ((0, 120.0), (1, 119.2), (2, 118.6), (3, 119.4))
+    ]
+    assert accepted == [True, True, False, False]
+
+
 def test_another_place_is_news_at_once(
     make_detector: MakeDetector, make_picture: MakePicture
 ) -> None:

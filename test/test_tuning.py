@@ -18,6 +18,7 @@ from vpr_lite_ros.cli import main
 from vpr_lite_ros.config import Config, make_config, read_yaml
 from vpr_lite_ros.evaluation import Booleans, RadiusTruth
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, load_bundle, open_model
+from vpr_lite_ros.reporting import trials
 from vpr_lite_ros.reporting.decisions import (
     FALSE,
     NONE,
@@ -110,8 +111,11 @@ def test_a_promise_holds_on_the_half_that_was_not_tuned_on() -> None:
     assert found / 20 > 100, "and it finds half of what there is"
 
 
-def test_settings_tried_together_decide_as_the_detector_does() -> None:
-    """Each check, with and without a camera, and where a session begins."""
+def test_settings_tried_together_decide_as_the_detector_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each check, with and without a camera, where a session begins, and from block to block."""
+    monkeypatch.setattr(trials, "AT_A_TIME", 64)
     rng = np.random.default_rng(5)
     recording, truth = drawn_scores(7)
     rows, later = len(recording.match), len(recording) * 2 // 3
