@@ -39,7 +39,7 @@ from vpr_lite_ros.detector import Candidate, LoopDetector, features_of, sureness
 from vpr_lite_ros.evaluation import PairTruth
 from vpr_lite_ros.inference import CARD, BundleError, PlaceModel, open_model
 from vpr_lite_ros.matching import Camera, Status
-from vpr_lite_ros.measurement import OPEN, Answer, Found, detect, evaluate
+from vpr_lite_ros.measurement import OPEN, Answer, Found, detect, evaluate, look_up
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
@@ -406,7 +406,14 @@ def test_calibrating_a_bundle(own_model: PlaceModel, walks: Sequence[Benchmark])
     report = evaluate(walks[0], model, min_time_gap_s=8.0, rerank=5, min_agreeing=1)
     assert report["reranked"]["recall_at_1"] > 0.8
     assert report["detector_recall_at_100_precision"] > 0.5
-    assert report["expected_calibration_error"] < 0.35 and not report["epipolar_check"]
+    assert report["expected_calibration_error_alone"] < 0.35 and not report["epipolar_check"]
+    # What one image after the other says of a walk is surer than what each says alone.
+    found = list(look_up(walks[0], model, min_time_gap_s=8.0, examine=5))
+    alone = [one.reranked().score for one in found if one.candidates]
+    grown = [answer.score for answer in detect(found, model, 1) if answer.matches]
+    assert np.mean(grown) > np.mean(alone) + 0.01
+    assert report["expected_calibration_error"] < 0.35
+    assert report["expected_calibration_error"] != report["expected_calibration_error_alone"]
 
 
 def test_a_camera_beside_the_images_brings_geometry(

@@ -103,7 +103,10 @@ def evaluate(
         ``auc``, ``recall_at_100_precision`` (NaN without queries); ``reranked`` also
         ``candidates``, the value of ``rerank``, and there are
         ``detector_recall_at_100_precision``, ``epipolar_check`` (whether a camera was known for
-        it) and ``expected_calibration_error`` (NaN if the model is not calibrated).
+        it), and ``expected_calibration_error``, of the confidence that the detector publishes of
+        each frame's surest candidate, which grows from frame to frame, and
+        ``expected_calibration_error_alone``, of that by each image alone (NaN if the model is not
+        calibrated).
 
     Raises
     ------
@@ -135,17 +138,21 @@ def evaluate(
         detected = measure(detect(found, model, min_agreeing), benchmark.truth, could)
         report["detector_recall_at_100_precision"] = detected["recall_at_100_precision"]
         report["epipolar_check"] = benchmark.camera is not None
-        report["expected_calibration_error"] = _calibration_error(found, benchmark.truth)
+        calibrated = model.bundle.calibration is not None
+        for name, answers in (
+            ("expected_calibration_error", detect(found, model, 1)),
+            ("expected_calibration_error_alone", reranked),
+        ):
+            error = _calibration_error(answers, benchmark.truth) if calibrated else math.nan
+            report[name] = error
     return report
 
 
-def _calibration_error(found: Sequence[Found], truth: GroundTruth) -> float:
-    """Of each frame's surest candidate; NaN if the model is not calibrated."""
-    best = [(one.reranked(), max(one.candidates, key=sureness)) for one in found if one.candidates]
-    confidence = np.array([candidate.confidence for _, candidate in best])
-    if np.isnan(confidence).any():
-        return math.nan
-    true = [truth.same_place(answer.frame, np.array(answer.matches[:1]))[0] for answer, _ in best]
+def _calibration_error(answers: Sequence[Answer], truth: GroundTruth) -> float:
+    """Of first matches, whose scores are confidences."""
+    given = [answer for answer in answers if answer.matches]
+    true = [bool(truth.same_place(one.frame, np.array(one.matches[:1]))[0]) for one in given]
+    confidence = np.array([answer.score for answer in given])
     return expected_calibration_error(confidence, np.array(true, np.bool_))
 
 
@@ -309,6 +316,11 @@ def describe(report: Record) -> str:
         lines.append(
             f"  detector, {'with' if report['epipolar_check'] else 'without'} epipolar check: "
             f"recall at 100% precision {report['detector_recall_at_100_precision']:.3f}; "
-            + ("not calibrated" if math.isnan(error) else f"calibration error {error:.3f}")
+            + (
+                "not calibrated"
+                if math.isnan(error)
+                else f"calibration error {error:.3f} (by one image alone "
+                f"{report['expected_calibration_error_alone']:.3f})"
+            )
         )
     return "\n".join(lines)
