@@ -153,7 +153,11 @@ def tiny_networks() -> tuple[PlaceNetwork, PairMatcher]:
             # Half-whitened: ten pictures say little about the weaker directions but noise.
             variances = (deviations**2 / len(vlad))[:TINY_DIMENSION]
             variances = variances.clamp_min(float(variances[8]))
-            place.vlad.set_pca(mean, components[:TINY_DIMENSION], variances)
+            place.vlad.pca.set(mean, components[:TINY_DIMENSION], variances)
+            # Of the two VLADs of an image, mostly the first.
+            weight, bias = place.vlad.pca.weight, place.vlad.pca.bias
+            place.whole.weight.copy_(torch.cat([weight, 0.3 * weight], dim=1))
+            place.whole.bias.copy_(1.3 * bias)
     return place, match
 
 

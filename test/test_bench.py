@@ -134,7 +134,7 @@ def test_costs_are_those_of_the_graphs(tiny_bundle: Path, tiny_networks: Any) ->
     place, _ = tiny_networks
     costs = load_bundle(tiny_bundle).card["costs"]
     wanted = sum(p.numel() for p in place.backbone.folded().parameters())
-    wanted += sum(p.numel() for p in place.vlad.parameters())
+    wanted += sum(p.numel() for part in (place.vlad, place.whole) for p in part.parameters())
     assert costs["place"]["parameters"] == pytest.approx(wanted, rel=1e-3)
     # Of the first convolution alone: 3 x 3 x 3 terms, 48 channels, half of the image's sides.
     width, height = place.image_size

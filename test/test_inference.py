@@ -192,8 +192,9 @@ def test_attention_is_exported_once_it_is_trained(
         graphs = [onnx.load(bundle / graph).graph for graph in ("place.onnx", "match.onnx")]
         return [sum(node.op_type == "Softmax" for node in graph.node) for graph in graphs]
 
-    # The shares of NetVLAD; one more of self-attention; both directions of cross-attention.
-    assert (softmaxes(tiny_bundle), softmaxes(trained)) == ([1, 0], [2, 2])
+    # The shares of NetVLAD, at both resolutions; one more of self-attention; both directions of
+    # cross-attention.
+    assert (softmaxes(tiny_bundle), softmaxes(trained)) == ([2, 0], [3, 2])
     picture, other = make_picture(0), (make_picture(0) * 0.7).astype(np.uint8)
     query, candidate = (_describe_in_torch(place, image) for image in (picture, other))
     model = open_model(trained, "onnxruntime", threads=2)
@@ -253,8 +254,10 @@ def test_graphs_say_where_they_compute_in_float16(tiny_bundle: Path) -> None:
             if node.op_type in ("Exp", "ReduceSum", "ReduceL2", "ReduceMean", "Softmax"):
                 assert {types[name] for name in node.output} == {TensorProto.FLOAT}, node.name
     place = onnx.load(tiny_bundle / "place.onnx").graph
-    # 21 blocks, one convolution each.
-    assert sum(node.op_type == "Conv" for node in place.node) == 21
+    # 21 blocks, one convolution each, for the image and for half its resolution; their weights are
+    # there once.
+    convolutions = [node for node in place.node if node.op_type == "Conv"]
+    assert len(convolutions) == 42 and len({node.input[1] for node in convolutions}) == 21
 
 
 def test_a_weight_that_overflows_float16_is_named(tiny_networks: Networks, tmp_path: Path) -> None:

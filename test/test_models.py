@@ -20,7 +20,7 @@ from vpr_lite_ros.models.matcher import (
     sinkhorn,
     without_idle_parts,
 )
-from vpr_lite_ros.models.netvlad import NetVLAD, patch_cells, patch_grid
+from vpr_lite_ros.models.netvlad import NetVLAD, Whitening, patch_cells, patch_grid
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
 
@@ -130,7 +130,7 @@ def test_standardise_takes_out_exposure_and_colour_cast() -> None:
 def _slow_vlad(
     vlad: NetVLAD, features: NDArray[np.float64], shares: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Equation 1 as it is written, one cluster and one cell at a time."""
+    """Equation 1, before PCA, as it is written, one cluster and one cell at a time."""
     centroids = vlad.centroids.detach().double().numpy()
     rows = []
     for k, centroid in enumerate(centroids):
@@ -139,10 +139,12 @@ def _slow_vlad(
             total += share[k] * (feature - centroid)
         rows.append(total / np.linalg.norm(total))
     flat = np.concatenate(rows)
-    flat /= np.linalg.norm(flat)
-    weight, bias = vlad.pca.weight.detach().double().numpy(), vlad.pca.bias.detach().numpy()
-    projected = weight @ flat + bias
-    return projected / np.linalg.norm(projected)
+    return np.asarray(flat / np.linalg.norm(flat))
+
+
+def _projected(vlad: NDArray[np.float64], linear: nn.Linear) -> NDArray[np.float64]:
+    projected = linear.weight.detach().double().numpy() @ vlad + linear.bias.detach().numpy()
+    return np.asarray(projected / np.linalg.norm(projected))
 
 
 def test_there_are_1131_patches_at_the_published_input() -> None:
@@ -191,15 +193,23 @@ def test_global_descriptor_and_patches_equal_a_slow_vlad(
         features = place.local_features(image)
         cells = F.normalize(features, dim=2)
         shares = place.vlad.soft_assign(cells)
+        # At half the resolution: each pixel the mean of four.
+        height, width = image.shape[1:3]
+        fours = image.double().reshape(1, height // 2, 2, width // 2, 2, 3).mean(dim=(2, 4))
+        coarse = F.normalize(place.local_features(fours), dim=2)
+        coarse_shares = place.vlad.soft_assign(coarse)
     unit, share = cells[0].double().numpy(), shares[0].double().numpy()
-    assert descriptor[0].numpy() == pytest.approx(_slow_vlad(place.vlad, unit, share), abs=2e-4)
+    of_half = _slow_vlad(place.vlad, coarse[0].double().numpy(), coarse_shares[0].double().numpy())
+    vlads = np.concatenate([_slow_vlad(place.vlad, unit, share), of_half])
+    assert descriptor[0].numpy() == pytest.approx(_projected(vlads, place.whole), abs=2e-4)
     assert tokens.shape == (1, place.max_patches, place.vlad.dimension)
     columns, rows = (side // 16 for side in place.image_size)
     # Untrained self-attention is the identity, so tokens are the patches' descriptors.
     for token, (x, y) in zip(tokens[0].numpy(), centres[0].tolist(), strict=True):
         column, row = round(x * columns - 0.5), round(y * rows - 0.5)
         four = [(row + dr) * columns + column + dc for dr in (0, 1) for dc in (0, 1)]
-        assert token == pytest.approx(_slow_vlad(place.vlad, unit[four], share[four]), abs=2e-4)
+        patch = _projected(_slow_vlad(place.vlad, unit[four], share[four]), place.vlad.pca)
+        assert token == pytest.approx(patch, abs=2e-4)
 
 
 def test_the_most_salient_patches_are_kept(
@@ -224,13 +234,14 @@ def test_set_clusters_assigns_by_distance() -> None:
     assert torch.allclose(vlad.soft_assign(features), expected, atol=1e-4)
 
 
-def test_set_pca_whitens() -> None:
-    vlad = NetVLAD(width=4, clusters=3, dimension=6)
+def test_whitening_whitens() -> None:
+    whitening = Whitening(12, 6)
     data = torch.randn(500, 12) @ torch.randn(12, 12) + torch.randn(12)
     mean = data.mean(dim=0)
     _, deviations, components = torch.linalg.svd(data - mean, full_matrices=False)
-    vlad.set_pca(mean, components[:6], (deviations**2 / 500)[:6])
-    white = vlad.pca(data).detach()
+    whitening.set(mean, components[:6], (deviations**2 / 500)[:6])
+    white = F.linear(data, whitening.weight, whitening.bias).detach()
+    assert torch.allclose(whitening(data), F.normalize(white, dim=1), atol=1e-5)
     assert white.mean(dim=0).abs().max() < 1e-4
     assert torch.allclose(white.T @ white / 500, torch.eye(6), atol=1e-3)
 

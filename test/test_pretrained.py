@@ -19,9 +19,10 @@ from torch import Tensor
 
 from vpr_lite_ros.export import CheckpointError, export_bundle
 from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite, standardise
-from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
+from vpr_lite_ros.training.pretrained import load_pretrained, read_clusters, restore_statistics
 
 Weights = dict[str, Tensor]
 
@@ -329,9 +330,26 @@ def test_a_bundle_gives_its_backbone_back(
     assert similarity(backbone.eval()(standardise(views)), before) > 0.9999
 
 
-def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no model bundle"):
-        load_pretrained(RepVGGLite(), tmp_path)
-    (tmp_path / "place.onnx").write_bytes(b"not a graph")
-    with pytest.raises(CheckpointError, match="no model bundle"):
-        load_pretrained(RepVGGLite(), tmp_path)
+def test_a_bundle_gives_its_clusters_back(
+    tiny_networks: tuple[PlaceNetwork, PairMatcher], tiny_bundle: Path
+) -> None:
+    vlad = tiny_networks[0].vlad
+    given = NetVLAD(RepVGGLite.width, vlad.clusters, vlad.dimension)
+    given.load_state_dict(read_clusters(tiny_bundle), strict=True)
+    cells = F.normalize(torch.randn(1, 50, RepVGGLite.width), dim=2)
+    with torch.no_grad():
+        assert torch.allclose(given(cells), vlad(cells), atol=1e-5)
+        assert torch.allclose(given.pca(vlad(cells)), vlad.pca(vlad(cells)), atol=5e-3)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    for read in (lambda: load_pretrained(RepVGGLite(), tmp_path), lambda: read_clusters(tmp_path)):
+        (tmp_path / "place.onnx").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match="no model bundle"):
+            read()
+        (tmp_path / "place.onnx").write_bytes(b"not a graph")
+        with pytest.raises(CheckpointError, match="no model bundle"):
+            read()
+    (tmp_path / "place.onnx").write_bytes((tiny_bundle / "match.onnx").read_bytes())
+    with pytest.raises(CheckpointError, match="has no clusters"):
+        read_clusters(tmp_path)

@@ -221,7 +221,7 @@ NUMBERS = FLOATS | {TensorProto.INT32, TensorProto.INT64}
 ANY = NUMBERS | {TensorProto.BOOL}
 SUPPORTED = {
     **dict.fromkeys(("Clip", "Conv", "Exp", "Gemm", "LayerNormalization", "MatMul"), FLOATS),
-    **dict.fromkeys(("Pow", "Softmax", "Sqrt"), FLOATS),
+    **dict.fromkeys(("AveragePool", "Pow", "Softmax", "Sqrt"), FLOATS),
     **dict.fromkeys(("Add", "Div", "Mul", "ReduceL2", "ReduceMean", "ReduceSum"), NUMBERS),
     **dict.fromkeys(("Relu", "Sub", "TopK"), NUMBERS),
     **dict.fromkeys(("Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice"), ANY),

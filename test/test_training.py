@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -20,18 +21,23 @@ from numpy.typing import NDArray
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from vpr_lite_ros.datasets import PlaceDataset, PlaceIds
 from vpr_lite_ros.export import CheckpointError, load_networks
+from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import PlaceModel, open_model
+from vpr_lite_ros.models.matcher import PairMatcher
+from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
 from vpr_lite_ros.training.augment import distort, random_crop
 from vpr_lite_ros.training.distill import Distill, DistillConfig
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import image_files, read_rgb
-from vpr_lite_ros.training.fit import k_means, principal_components
+from vpr_lite_ros.training.fit import fit_place_network, k_means, principal_components
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train
+from vpr_lite_ros.training.pretrained import read_clusters
 from vpr_lite_ros.training.recipe import (
     MatcherRecipe,
     PlaceRecipe,
@@ -565,6 +571,49 @@ def test_batch_norm_is_restored_where_training_begins_with_a_bundle(
         patch.setattr(f"{where}.restore_statistics", lambda _, images: calls.append(images.shape))
         train_place(write_recipe(recipe, tmp_path / "recipe.yaml"), given)
     assert calls == [(4, 3, 64, 64)] * restored
+
+
+def test_a_bundle_is_fitted_to_other_images(
+    recipe: dict[str, Any], tiny_bundle: Path, pictures: Path, places: Path, tmp_path: Path
+) -> None:
+    """Without training: the same backbone and clusters, projections of one's own images."""
+    content = {k: recipe[k] for k in ("name", "about", "licence", "output")}
+    content["fit"] = {
+        "images": [str(pictures), str(places.parent)],
+        "labelled": [{"table": str(places)}],
+        "image_size": [96, 64],
+        "image_count": 14,
+        "dimension": 16,
+        "max_patches": 10,
+    }
+    bundle = train_place(write_recipe(content, tmp_path / "recipe.yaml"), tiny_bundle)
+    place, _, _ = load_networks(tmp_path / "out" / "networks.safetensors")
+    assert torch.equal(place.vlad.centroids, read_clusters(tiny_bundle)["centroids"])
+    assert place.whole.weight.shape == (16, 2 * place.vlad.clusters * RepVGGLite.width)
+    began_with = open_model(bundle).bundle.card["training"]["began_with"]
+    assert began_with["bundle"] == open_model(tiny_bundle).bundle.name
+
+
+def test_images_are_whitened_at_both_resolutions(
+    pictures: Path, tiny_networks: tuple[PlaceNetwork, PairMatcher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the images that it was fitted to, the projection's output is white."""
+    for name in ("distort", "move"):
+        monkeypatch.setattr(f"vpr_lite_ros.training.fit.{name}", lambda image, _: image)
+    files, size = list(image_files(pictures)), (96, 64)
+    backbone = copy.deepcopy(tiny_networks[0].backbone)
+    place = fit_place_network(
+        backbone, files, image_size=size, clusters=4, dimension=6, max_patches=10
+    )
+    images = torch.from_numpy(np.stack([fit(read_rgb(file), size) for file in files]))
+    with torch.no_grad():
+        cells = F.normalize(place.local_features(images), dim=2)
+        vlads = place.vlads(images, cells, place.vlad.soft_assign(cells))
+        white = F.linear(vlads, place.whole.weight, place.whole.bias)
+    assert white.mean(dim=0).abs().max() < 1e-3
+    # Each image was seen three times.
+    count = 3 * len(files) - 1
+    assert torch.allclose(3 * white.T @ white / count, torch.eye(6), atol=1e-2)
 
 
 def test_empty_clusters_need_a_stage_that_trains_some(

@@ -188,6 +188,14 @@ def _conv(taken: Sequence[Any], attributes: Attributes) -> Tensor:
     )
 
 
+def _average_pool(taken: Sequence[Any], attributes: Attributes) -> Tensor:
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    if any(pads) or attributes.get("ceil_mode", 0):
+        raise BackendError(f"a pooling padded by {pads}, or past the edge")
+    strides = attributes.get("strides", [1, 1])
+    return F.avg_pool2d(taken[0], tuple(attributes["kernel_shape"]), tuple(strides))
+
+
 def _gemm(taken: Sequence[Any], attributes: Attributes) -> Tensor:
     if (attributes.get("alpha", 1), attributes.get("beta", 1)) != (1, 1):
         raise BackendError("a scaled matrix product")
@@ -256,6 +264,7 @@ _OPERATORS: dict[str, Operator] = {
     "Cast": lambda taken, attributes: taken[0].to(_DTYPES[attributes["to"]]),
     "Clip": lambda taken, _: torch.clamp(taken[0], *taken[1:]),
     "Concat": lambda taken, attributes: torch.cat(list(taken), dim=attributes["axis"]),
+    "AveragePool": _average_pool,
     "Conv": _conv,
     "Div": lambda taken, _: taken[0] / taken[1],
     "Exp": lambda taken, _: taken[0].exp(),

@@ -20,13 +20,28 @@ def unit_cells(features: Tensor) -> Tensor:
     return F.normalize(features.flatten(2).transpose(1, 2), dim=2)
 
 
+class Whitening(nn.Linear):
+    """PCA with whitening to D, then unit length."""
+
+    @torch.no_grad()
+    def set(self, mean: Tensor, components: Tensor, variances: Tensor) -> None:
+        """``mean`` (C), ``components`` (D, C) and their ``variances`` (D)."""
+        weight = components / variances.sqrt()[:, None]
+        self.weight.copy_(weight)
+        self.bias.copy_(-weight @ mean)
+
+    def forward(self, vlad: Tensor) -> Tensor:
+        """VLAD (…, C) to unit vectors (…, D), float32."""
+        return F.normalize(super().forward(vlad.to(self.weight.dtype)).float(), dim=-1)
+
+
 class NetVLAD(nn.Module):
     """Soft-assigned residuals to K clusters, then PCA with whitening to D (equation 1).
 
     Residuals and lengths are computed in float32: differences of sums over a thousand cells.
 
-    Works on L2-normalised features. The same clusters and the same projection serve the whole
-    image and each patch, so that both live in one space.
+    Works on L2-normalised features. The clusters serve the whole image and each patch; ``pca`` is
+    that of patches (``place.py`` says why the image has its own).
     """
 
     def __init__(self, width: int = 192, clusters: int = 32, dimension: int = 512) -> None:
@@ -34,7 +49,7 @@ class NetVLAD(nn.Module):
         self.clusters, self.dimension = clusters, dimension
         self.assign = nn.Linear(width, clusters)
         self.centroids = nn.Parameter(F.normalize(torch.randn(clusters, width), dim=1))
-        self.pca = nn.Linear(clusters * width, dimension)
+        self.pca = Whitening(clusters * width, dimension)
 
     @torch.no_grad()
     def set_clusters(self, centroids: Tensor, sharpness: float) -> None:
@@ -42,13 +57,6 @@ class NetVLAD(nn.Module):
         self.centroids.copy_(centroids)
         self.assign.weight.copy_(2 * sharpness * centroids)
         self.assign.bias.copy_(-sharpness * centroids.square().sum(dim=1))
-
-    @torch.no_grad()
-    def set_pca(self, mean: Tensor, components: Tensor, variances: Tensor) -> None:
-        """Whitening projection: ``mean`` (K·C), ``components`` (D, K·C), ``variances`` (D)."""
-        weight = components / variances.sqrt()[:, None]
-        self.pca.weight.copy_(weight)
-        self.pca.bias.copy_(-weight @ mean)
 
     def forward(self, cells: Tensor) -> Tensor:
         """VLAD of whole images, before PCA: unit vectors (B, S, C) to unit vectors (B, K·C)."""
@@ -64,11 +72,6 @@ class NetVLAD(nn.Module):
         residuals = residuals - shares.sum(dim=1)[:, :, None] * self.centroids
         # Intra-normalisation per cluster, so that a repeated texture does not outshout the rest.
         return F.normalize(F.normalize(residuals, dim=2, eps=1e-6).flatten(1), dim=1)
-
-    def project(self, vlad: Tensor) -> Tensor:
-        """VLAD (…, K·C) to unit vectors (…, D)."""
-        projected: Tensor = self.pca(vlad.to(self.pca.weight.dtype))
-        return F.normalize(projected.float(), dim=-1)
 
 
 def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpr_lite_ros.models.matcher import SelfAttention
-from vpr_lite_ros.models.netvlad import NetVLAD, patch_cells, patch_grid
+from vpr_lite_ros.models.netvlad import NetVLAD, Whitening, patch_cells, patch_grid
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 
 
 class PlaceNetwork(nn.Module):
-    """Image to global descriptor, patch tokens and the patches' centres."""
+    """Image to global descriptor, patch tokens and the patches' centres.
+
+    The paper's global descriptor is the VLAD of the image, projected as its patches are. Here it
+    has a projection of its own, of two VLADs side by side: that of the image, and that of the image
+    at half its resolution, where each cell sees four times as much of the scene. Both go through
+    the same backbone and clusters.
+    """
 
     def __init__(
         self,
@@ -32,6 +38,7 @@ class PlaceNetwork(nn.Module):
         self.image_size, self.max_patches = image_size, max_patches
         self.backbone = RepVGGLite()
         self.vlad = NetVLAD(RepVGGLite.width, clusters, dimension)
+        self.whole = Whitening(2 * clusters * RepVGGLite.width, dimension)
         self.self_attention = SelfAttention(dimension)
         cells, centres = patch_cells(*map_size)
         self.cells: Tensor
@@ -60,24 +67,35 @@ class PlaceNetwork(nn.Module):
         features = self.local_features(image)
         cells = F.normalize(features, dim=2)
         shares = self.vlad.soft_assign(cells)
-        descriptor = self.vlad.project(self.vlad.aggregate(cells, shares))
+        descriptor = self.whole(self.vlads(image, cells, shares))
         patches, centres = self.patches(features, cells, shares)
         tokens = self.self_attention(patches, centres).to(self.vlad.pca.weight.dtype)
         return descriptor, tokens, centres
+
+    def vlads(self, image: Tensor, cells: Tensor, shares: Tensor) -> Tensor:
+        """VLADs (B, 2·K·C) of images (B, H, W, 3) and of the same at half their resolution."""
+        coarse = F.normalize(self.local_features(image, shrink=2), dim=2)
+        return torch.cat([self.vlad.aggregate(cells, shares), self.vlad(coarse)], dim=1)
 
     def patches(self, features: Tensor, cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The most salient patches (1, N, D), before self-attention, and centres (1, N, 2)."""
         chosen = self.salient_patches(features)
         cells_of_chosen = self.cells[chosen]
-        patches = self.vlad.project(
+        patches = self.vlad.pca(
             self.vlad.aggregate(cells[0][cells_of_chosen], shares[0][cells_of_chosen])
         )
         return patches[None], self.centres[chosen][None]
 
-    def local_features(self, image: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised, float32."""
+    def local_features(self, image: Tensor, shrink: int = 1) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, cells, 192), row by row, not normalised, float32.
+
+        The network sees the image at 1 / ``shrink`` of its resolution.
+        """
         # Floats first: TensorRT can do nothing else with bytes.
-        standardised = standardise(image.float().permute(0, 3, 1, 2).contiguous())
+        pixels = image.float().permute(0, 3, 1, 2).contiguous()
+        if shrink > 1:
+            pixels = F.avg_pool2d(pixels, shrink)
+        standardised = standardise(pixels)
         precision = next(self.backbone.parameters()).dtype
         out: Tensor = self.backbone(standardised.to(precision))
         return out.flatten(2).transpose(1, 2).float()

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 FEATURES_PER_IMAGE = 60
 SHARPNESS = 30.0
 """Of the soft assignment: shares are softmax(−sharpness · squared distance)."""
+COARSE = 0.6
+"""Length of the VLAD at half the resolution beside that of the image, before PCA: more of it tells
+neighbours along a walk apart better, and streets worse (docs/training.md)."""
 
 
 def fit_place_network(
@@ -38,7 +41,7 @@ def fit_place_network(
     max_patches: int,
     seed: int = 0,
 ) -> PlaceNetwork:
-    """Put clusters and a whitening projection on top of ``backbone``.
+    """Put clusters and whitening projections, of patches and of images, on top of ``backbone``.
 
     Every image is seen as it is, once distorted (another light, season or camera) and once from
     a standpoint nearby, so that directions in which a place changes with the light or with the
@@ -60,29 +63,33 @@ def fit_place_network(
     place.backbone = backbone
     place.eval()
     rng = np.random.default_rng(seed)
-    maps: list[Tensor] = []
+    maps: list[tuple[Tensor, Tensor]] = []
     for path in tqdm(images, desc="describe"):
         image = fit(read_rgb(path), image_size)
         moved = move(image, rng)
         seen = (image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved)
-        maps += [local_features(place, picture) for picture in seen]
+        maps += [(unit_cells(place, picture), unit_cells(place, picture, 2)) for picture in seen]
     if trained:
         place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
     else:
-        chosen = [cells[rng.permutation(len(cells))[:FEATURES_PER_IMAGE]] for cells in maps]
+        chosen = [fine[rng.permutation(len(fine))[:FEATURES_PER_IMAGE]] for fine, _ in maps]
         fit_clusters(place.vlad, torch.cat(chosen), seed)
     with torch.no_grad():
-        vlads = torch.cat([place.vlad(cells[None]) for cells in maps])
-    mean, components, variances = principal_components(vlads, dimension)
-    log.info("PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vlads.var(0).sum()))
-    place.vlad.set_pca(mean, components, variances)
+        fine, coarse = (
+            torch.cat([place.vlad(cells[None]) for cells in both])
+            for both in zip(*maps, strict=True)
+        )
+    place.vlad.pca.set(*principal_components(fine, dimension))
+    place.whole.set(*principal_components(torch.cat([fine, COARSE * coarse], dim=1), dimension))
+    with torch.no_grad():  # the network's own VLADs have length 1
+        place.whole.weight[:, fine.shape[1] :] *= COARSE
     return place
 
 
 @torch.no_grad()
-def local_features(place: PlaceNetwork, image: Image) -> Tensor:
-    """(cells, 192) unit vectors of an image of the network's size."""
-    return F.normalize(place.local_features(torch.from_numpy(image)[None])[0], dim=1)
+def unit_cells(place: PlaceNetwork, image: Image, shrink: int = 1) -> Tensor:
+    """(cells, 192) unit vectors of an image of the network's size, ``shrink`` times smaller."""
+    return F.normalize(place.local_features(torch.from_numpy(image)[None], shrink)[0], dim=1)
 
 
 def fit_clusters(vlad: NetVLAD, cells: Tensor, seed: int) -> None:
@@ -105,4 +112,7 @@ def principal_components(vectors: Tensor, dimension: int) -> tuple[Tensor, Tenso
     mean = vectors.mean(dim=0)
     _, singular, components = torch.linalg.svd((vectors - mean).double(), full_matrices=False)
     variances = singular[:dimension].square() / (len(vectors) - 1)
+    log.info(
+        "PCA keeps %.1f%% of the variance", 100 * float(variances.sum() / vectors.var(0).sum())
+    )
     return mean, components[:dimension].float(), variances.float()

@@ -8,7 +8,8 @@ These networks saw images standardised by ImageNet's mean and deviation, this pa
 image standardised by its own (``models.repvgg.standardise``): both of the order of one, so the
 weights are a start, not a finished backbone.
 
-A bundle holds the backbone, too: so a model that ships can be trained further on one's own places.
+A bundle holds the backbone and the clusters, too: so a model that ships can be trained further on
+one's own places, or its projections be fitted to one's own images.
 """
 
 from __future__ import annotations
@@ -156,6 +157,24 @@ def restore_statistics(backbone: RepVGGLite, images: Tensor) -> None:
         norm.running_var.copy_(variance)
 
 
+def read_clusters(folder: Path) -> dict[str, Tensor]:
+    """The state of NetVLAD in the bundle at ``folder``: clusters and the patches' projection."""
+    tensors, graph = _read_tensors(folder)
+    state = {
+        name.removeprefix("vlad."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("vlad.")
+    }
+    if not {"centroids", "assign.bias", "pca.weight", "pca.bias"} <= state.keys():
+        raise CheckpointError(f"{folder} is no model bundle: it has no clusters")
+    # The exporter folds this one's transposition, and with it the name, away.
+    for node in graph.node:
+        factor = tensors.get(node.input[1]) if node.op_type == "MatMul" else None
+        if factor is not None and factor.shape == state["centroids"].T.shape:
+            return state | {"assign.weight": factor.T.contiguous()}
+    raise CheckpointError(f"{folder} is no model bundle: nothing assigns cells to its clusters")
+
+
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
@@ -172,8 +191,8 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
-def _read_bundle(folder: Path) -> dict[str, Any]:
-    """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it."""
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], onnx.GraphProto]:
+    """All tensors of a bundle's place network by name, and its graph."""
     path = folder / PLACE_GRAPH
     try:
         graph = onnx.load(path).graph
@@ -183,6 +202,12 @@ def _read_bundle(folder: Path) -> dict[str, Any]:
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).astype(np.float32))
         for tensor in graph.initializer
     }
+    return tensors, graph
+
+
+def _read_bundle(folder: Path) -> dict[str, Any]:
+    """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it."""
+    tensors, _ = _read_tensors(folder)
     prefix, kernel = "backbone.", "conv.weight"
     entries: dict[str, Tensor] = {}
     for name in [name for name in tensors if name.startswith(prefix) and name.endswith(kernel)]:

@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from vpr_lite_ros.export import amend_card, export_bundle, load_networks, save_networks
-from vpr_lite_ros.inference import open_model
+from vpr_lite_ros.inference import CARD, open_model
 from vpr_lite_ros.models.matcher import PairMatcher
 from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
@@ -45,7 +45,7 @@ from vpr_lite_ros.training.loop import (
     train,
 )
 from vpr_lite_ros.training.match import Match, MatchConfig
-from vpr_lite_ros.training.pretrained import load_pretrained, restore_statistics
+from vpr_lite_ros.training.pretrained import load_pretrained, read_clusters, restore_statistics
 from vpr_lite_ros.training.thresholds import recommend, score_labelled_sets
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig
 from vpr_lite_ros.training.views import Views, ViewsConfig
@@ -76,7 +76,8 @@ class FitConfig(ThresholdsConfig):
     """Width and height that the network sees, multiples of 16."""
     image_count: int = 800
     clusters: int | None = None
-    """How many to find by k-means; empty: those that the stage before has trained."""
+    """How many to find by k-means; empty: those that the stage before has trained, or those of the
+    bundle that training began with."""
     dimension: int = 512
     max_patches: int = 400
     temperature: float = 40.0
@@ -219,7 +220,14 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
             backbone.load_state_dict(done.part("backbone"), strict=True)
             vlad = done.part("vlad")
     # The other processes have nothing left to wait for.
-    return fit_bundle(recipe, backbone.cpu(), vlad) if recipe.fit and on.rank == 0 else last
+    if not recipe.fit or on.rank > 0:
+        return last
+    began_with: dict[str, Any] = {}
+    if backbone_file and backbone_file.is_dir():
+        vlad = vlad or read_clusters(backbone_file)
+        card = yaml.safe_load((backbone_file / CARD).read_text(encoding="utf-8"))
+        began_with = {"began_with": {"bundle": card["name"], "training": card.get("training")}}
+    return fit_bundle(recipe, backbone.cpu(), vlad, began_with)
 
 
 def _stage(config: Schedule, backbone: RepVGGLite, on: Devices) -> Stage:
@@ -265,7 +273,10 @@ def train_matcher(path: Path) -> Path:
 
 
 def fit_bundle(
-    recipe: PlaceRecipe, backbone: RepVGGLite, trained_vlad: dict[str, Any] | None = None
+    recipe: PlaceRecipe,
+    backbone: RepVGGLite,
+    trained_vlad: dict[str, Any] | None = None,
+    began_with: dict[str, Any] | None = None,
 ) -> Path:
     """Fit clusters and PCA, export, measure thresholds; return the bundle.
 
@@ -273,6 +284,8 @@ def fit_bundle(
     ----------
     trained_vlad
         Clusters that a stage has trained, for ``fit.clusters`` left empty.
+    began_with
+        For the model card: what the bundle had learned that training began with.
     """
     config, output = recipe.fit, Path(recipe.output)
     assert config is not None
@@ -291,6 +304,7 @@ def fit_bundle(
     about: dict[str, Any] = {
         "about": recipe.about,
         "training": {
+            **(began_with or {}),
             **_history(output),
             "fit": f"PCA on {len(images)} images, each also distorted and moved",
             "licence": recipe.licence,
@@ -305,9 +319,12 @@ def _clusters(config: FitConfig, trained_vlad: dict[str, Any] | None) -> int | N
     if config.clusters is not None:
         return config.clusters
     if not trained_vlad:
-        raise TrainingError("fit.clusters is empty, but no stage before it trains clusters")
+        raise TrainingError(
+            "fit.clusters is empty, but no stage before it trains clusters: say how many, or begin "
+            "with a bundle (--backbone)"
+        )
     count, width = trained_vlad["centroids"].shape
-    vlad = NetVLAD(width, count)
+    vlad = NetVLAD(width, count, len(trained_vlad["pca.bias"]))
     vlad.load_state_dict(trained_vlad)
     return vlad
 
