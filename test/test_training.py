@@ -603,7 +603,7 @@ def test_images_are_whitened_at_both_resolutions(
     files, size = list(image_files(pictures)), (96, 64)
     backbone = copy.deepcopy(tiny_networks[0].backbone)
     place = fit_place_network(
-        backbone, files, image_size=size, clusters=4, dimension=6, max_patches=10
+        backbone, files, image_size=size, clusters=4, dimension=4, max_patches=10
     )
     images = torch.from_numpy(np.stack([fit(read_rgb(file), size) for file in files]))
     with torch.no_grad():
@@ -613,7 +613,7 @@ def test_images_are_whitened_at_both_resolutions(
     assert white.mean(dim=0).abs().max() < 1e-3
     # Each image was seen three times.
     count = 3 * len(files) - 1
-    assert torch.allclose(3 * white.T @ white / count, torch.eye(6), atol=1e-2)
+    assert torch.allclose(3 * white.T @ white / count, torch.eye(4), atol=1e-2)
 
 
 def test_empty_clusters_need_a_stage_that_trains_some(
