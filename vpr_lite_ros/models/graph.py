@@ -261,10 +261,10 @@ def _top_k(taken: Sequence[Any], attributes: Attributes) -> tuple[Tensor, Tensor
 
 _OPERATORS: dict[str, Operator] = {
     "Add": lambda taken, _: taken[0] + taken[1],
+    "AveragePool": _average_pool,
     "Cast": lambda taken, attributes: taken[0].to(_DTYPES[attributes["to"]]),
     "Clip": lambda taken, _: torch.clamp(taken[0], *taken[1:]),
     "Concat": lambda taken, attributes: torch.cat(list(taken), dim=attributes["axis"]),
-    "AveragePool": _average_pool,
     "Conv": _conv,
     "Div": lambda taken, _: taken[0] / taken[1],
     "Exp": lambda taken, _: taken[0].exp(),

@@ -68,7 +68,7 @@ def fit_place_network(
         image = fit(read_rgb(path), image_size)
         moved = move(image, rng)
         seen = (image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved)
-        maps += [(unit_cells(place, picture), unit_cells(place, picture, 2)) for picture in seen]
+        maps += [(cells_of(place, picture), cells_of(place, picture, 2)) for picture in seen]
     if trained:
         place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
     else:
@@ -87,7 +87,7 @@ def fit_place_network(
 
 
 @torch.no_grad()
-def unit_cells(place: PlaceNetwork, image: Image, shrink: int = 1) -> Tensor:
+def cells_of(place: PlaceNetwork, image: Image, shrink: int = 1) -> Tensor:
     """(cells, 192) unit vectors of an image of the network's size, ``shrink`` times smaller."""
     return F.normalize(place.local_features(torch.from_numpy(image)[None], shrink)[0], dim=1)
 

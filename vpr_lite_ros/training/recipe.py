@@ -27,7 +27,7 @@ import torch
 import yaml
 
 from vpr_lite_ros.export import amend_card, export_bundle, load_networks, save_networks
-from vpr_lite_ros.inference import CARD, open_model
+from vpr_lite_ros.inference import load_bundle, open_model
 from vpr_lite_ros.models.matcher import PairMatcher
 from vpr_lite_ros.models.netvlad import NetVLAD
 from vpr_lite_ros.models.place import PlaceNetwork
@@ -196,6 +196,12 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
     """
     recipe = read_recipe(path, PlaceRecipe)
     output = Path(recipe.output)
+    began_with: dict[str, Any] = {}
+    clusters: dict[str, Any] | None = None
+    if recipe.fit and backbone_file and backbone_file.is_dir():
+        given = load_bundle(backbone_file)
+        clusters = read_clusters(backbone_file)
+        began_with = {"began_with": {"bundle": given.name, "training": given.card.get("training")}}
     torch.manual_seed(0)  # the same random weights in each run
     with devices() as on:
         backbone = RepVGGLite()
@@ -204,7 +210,7 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
             if backbone_file.is_dir() and (moves := recipe.distil or recipe.views):
                 # Triplets leave batch norm as it is.
                 restore_statistics(backbone, _stage(moves, backbone, on).batches()[2**40][0])
-        last, vlad = output, None
+        last, vlad = output, clusters
         for name, config in (
             ("distil", recipe.distil),
             ("views", recipe.views),
@@ -222,11 +228,6 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
     # The other processes have nothing left to wait for.
     if not recipe.fit or on.rank > 0:
         return last
-    began_with: dict[str, Any] = {}
-    if backbone_file and backbone_file.is_dir():
-        vlad = vlad or read_clusters(backbone_file)
-        card = yaml.safe_load((backbone_file / CARD).read_text(encoding="utf-8"))
-        began_with = {"began_with": {"bundle": card["name"], "training": card.get("training")}}
     return fit_bundle(recipe, backbone.cpu(), vlad, began_with)
 
 
