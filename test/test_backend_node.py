@@ -74,6 +74,8 @@ class Robot:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         self.wait(lambda: self.wheels.get_subscription_count() == 1, "the node to listen")
         self.wait(lambda: self.node.count_publishers("path") == 1, "the node to speak")
+        # Its timers run by then, and it has found our topics as we have found its own.
+        self.wait(lambda: bool(self.heard["diagnostics"]), "the node's first diagnostics")
 
     def wait(self, done: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
         until = time.monotonic() + timeout_s
