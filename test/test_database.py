@@ -45,7 +45,7 @@ def test_keyframes_are_there_after_reopening(open_database: Open) -> None:
     assert np.array_equal(database.tokens([second, first]), expected)
     assert database.tokens([first]).dtype == np.float16
     (best, similarity), _ = database.search(describe(2).descriptor, 2, 0, 0)
-    assert best == second and similarity == pytest.approx(1, abs=1e-6)
+    assert best == second and similarity == pytest.approx(1, abs=1e-3)
 
 
 def test_ids_go_on_after_reopening(open_database: Open) -> None:
@@ -160,7 +160,8 @@ def test_search_equals_brute_force(open_database: Open, reopened: bool) -> None:
         for _ in range(count):
             seed, stamp = int(rng.integers(1 << 30)), int(rng.integers(0, 100 * SECOND))
             keyframe_id = database.add(stamp, describe(seed))
-            stored.append((keyframe_id, session, stamp, describe(seed).descriptor))
+            rounded = describe(seed).descriptor.astype(np.float16).astype(np.float32)
+            stored.append((keyframe_id, session, stamp, rounded))
         if session != "monday" or reopened:
             database.close()
             database = open_database(session)

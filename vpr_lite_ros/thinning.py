@@ -23,12 +23,14 @@ TIME_SCALE_S = 60.0
 ODOMETRY_SLACK_M = 3.0
 ODOMETRY_DRIFT = 0.05
 """Farther apart than this, plus this share of the way between them: two places that look alike."""
+BLOCK = 16384
+"""Descriptors that are compared at once: 34 MB of 512 numbers."""
 FAR = -1.0
 """Closeness of two that do not stand for each other."""
 
 
 def densest(
-    index: faiss.IndexFlatIP,
+    index: faiss.Index,
     robots: NDArray[np.int32],
     drives: NDArray[np.int32],
     stamps_ns: NDArray[np.int64],
@@ -58,7 +60,7 @@ def densest(
         rng = np.random.default_rng(seed)
         rows = np.sort(rng.choice(rows, max(SAMPLE, 2 * count), replace=False))
     queries = index.reconstruct_batch(rows)
-    similarity, others = index.search(queries, min(NEIGHBOURS + 1, index.ntotal))
+    similarity, others = _most_similar(index, queries, min(NEIGHBOURS + 1, index.ntotal))
 
     of = rows[:, None]
     apart_s = np.abs(stamps_ns[of] - stamps_ns[others]) / 1e9
@@ -95,3 +97,21 @@ def densest(
         else:
             gone.add(int(rows[number]))
     return np.array(sorted(gone), np.int64)
+
+
+def _most_similar(
+    index: faiss.Index, queries: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(Q, ``count``) similarities and row numbers, best first.
+
+    Of so many queries at once FAISS is seven times faster with float32 vectors than with an
+    index of half-precision, so these are taken out block by block.
+    """
+    found = faiss.ResultHeap(len(queries), count, keep_max=True)
+    for first in range(0, index.ntotal, BLOCK):
+        block = index.reconstruct_n(first, min(BLOCK, index.ntotal - first))
+        best = min(count, len(block))
+        similarity, rows = faiss.knn(queries, block, best, faiss.METRIC_INNER_PRODUCT)
+        found.add_result(similarity, rows + first)
+    found.finalize()
+    return found.D, found.I
