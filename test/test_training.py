@@ -37,7 +37,7 @@ from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import image_files, read_rgb
 from vpr_lite_ros.training.fit import fit_place_network, k_means, principal_components
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train
-from vpr_lite_ros.training.pretrained import read_clusters
+from vpr_lite_ros.training.pretrained import load_pretrained, read_clusters
 from vpr_lite_ros.training.recipe import (
     MatcherRecipe,
     PlaceRecipe,
@@ -118,6 +118,18 @@ def recipe(pictures: Path, places: Path, tmp_path: Path) -> dict[str, Any]:
             "clusters": 4,
             "workers": 0,
         },
+    }
+
+
+def small_fit(pictures: Path, places: Path) -> dict[str, Any]:
+    """The recipe's last stage, from the clusters that there are."""
+    return {
+        "images": [str(pictures), str(places.parent)],
+        "labelled": [{"table": str(places)}],
+        "image_size": [96, 64],
+        "image_count": 14,
+        "dimension": 16,
+        "max_patches": 10,
     }
 
 
@@ -573,19 +585,40 @@ def test_batch_norm_is_restored_where_training_begins_with_a_bundle(
     assert calls == [(4, 3, 64, 64)] * restored
 
 
+def test_folded_training_goes_on_where_a_bundle_ends(
+    recipe: dict[str, Any], tiny_bundle: Path, pictures: Path, places: Path, tmp_path: Path
+) -> None:
+    recipe.pop("triplet")
+    recipe["views"] |= {"steps": 2, "folded": True, "learning_rate": 1e-4, "warmup_steps": 1}
+    recipe["fit"] = small_fit(pictures, places)
+    given, clusters = RepVGGLite(), read_clusters(tiny_bundle)
+    load_pretrained(given, tiny_bundle)
+    before = given.eval().folded().state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        # There is no batch norm to restore.
+        patch.setattr("vpr_lite_ros.training.recipe.restore_statistics", None)
+        train_place(write_recipe(recipe, tmp_path / "recipe.yaml"), tiny_bundle)
+    trained = read_checkpoint(tmp_path / "out" / "views.safetensors")
+    # A step of AdamW moves a weight by the learning rate at most, the bundle is of float16.
+    changes = [
+        (weight - before[name]).abs().max() for name, weight in trained.part("backbone").items()
+    ]
+    assert 1e-5 < max(changes) < 1e-3
+    moved = (trained.part("vlad")["centroids"] - clusters["centroids"]).abs().max()
+    assert 0 < moved < 1e-3
+    # What was fitted is what was trained, taken apart into branches.
+    place, _, _ = load_networks(tmp_path / "out" / "networks.safetensors")
+    for name, weight in place.backbone.eval().folded().state_dict().items():
+        torch.testing.assert_close(weight, trained.part("backbone")[name], atol=1e-5, rtol=1e-4)
+    assert torch.equal(place.vlad.centroids, trained.part("vlad")["centroids"])
+
+
 def test_a_bundle_is_fitted_to_other_images(
     recipe: dict[str, Any], tiny_bundle: Path, pictures: Path, places: Path, tmp_path: Path
 ) -> None:
     """Without training: the same backbone and clusters, projections of one's own images."""
     content = {k: recipe[k] for k in ("name", "about", "licence", "output")}
-    content["fit"] = {
-        "images": [str(pictures), str(places.parent)],
-        "labelled": [{"table": str(places)}],
-        "image_size": [96, 64],
-        "image_count": 14,
-        "dimension": 16,
-        "max_patches": 10,
-    }
+    content["fit"] = small_fit(pictures, places)
     bundle = train_place(write_recipe(content, tmp_path / "recipe.yaml"), tiny_bundle)
     place, _, _ = load_networks(tmp_path / "out" / "networks.safetensors")
     assert torch.equal(place.vlad.centroids, read_clusters(tiny_bundle)["centroids"])

@@ -74,6 +74,14 @@ class NetVLAD(nn.Module):
         return F.normalize(F.normalize(residuals, dim=2, eps=1e-6).flatten(1), dim=1)
 
 
+def netvlad_of(state: dict[str, Tensor]) -> NetVLAD:
+    """A NetVLAD of the sizes that its ``state`` has."""
+    count, width = state["centroids"].shape
+    vlad = NetVLAD(width, count, len(state["pca.bias"]))
+    vlad.load_state_dict(state)
+    return vlad
+
+
 def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Cells and centres of all patches of a map.
 

@@ -208,15 +208,21 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], onnx.GraphProto]:
 def _read_bundle(folder: Path) -> dict[str, Any]:
     """The backbone of a bundle under ``state_dict``, the names of its other tensors beside it."""
     tensors, _ = _read_tensors(folder)
-    prefix, kernel = "backbone.", "conv.weight"
-    entries: dict[str, Tensor] = {}
-    for name in [name for name in tensors if name.startswith(prefix) and name.endswith(kernel)]:
-        block = name.removesuffix(kernel)
-        bias = tensors[f"{block}conv.bias"]
-        entries |= _unfolded(block.removeprefix(prefix), tensors[name], bias)
+    prefix = "backbone."
+    folded = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     # Names without a dot are constants of the graph.
     rest = {name: None for name in tensors if "." in name and not name.startswith(prefix)}
-    return {"state_dict": entries, **rest}
+    return {"state_dict": unfolded(folded), **rest}
+
+
+def unfolded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of ``RepVGGLite.folded``, its convolutions taken apart into branches again."""
+    kernel = "conv.weight"
+    entries: dict[str, Tensor] = {}
+    for name in [name for name in state if name.endswith(kernel)]:
+        block = name.removesuffix(kernel)
+        entries |= _unfolded(block, state[name], state[f"{block}conv.bias"])
+    return entries
 
 
 def _unfolded(block: str, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
@@ -238,6 +244,7 @@ def _unfolded(block: str, kernel: Tensor, bias: Tensor) -> dict[str, Tensor]:
         entries[f"{norm}.bias"] = offset
         entries[f"{norm}.running_mean"] = torch.zeros(width)
         entries[f"{norm}.running_var"] = torch.full((width,), 1 - nn.BatchNorm2d(1).eps)
+        entries[f"{norm}{_COUNTER}"] = torch.tensor(0)
     return {block + name: tensor for name, tensor in entries.items()}
 
 

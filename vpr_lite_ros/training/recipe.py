@@ -29,7 +29,7 @@ import yaml
 from vpr_lite_ros.export import amend_card, export_bundle, load_networks, save_networks
 from vpr_lite_ros.inference import load_bundle, open_model
 from vpr_lite_ros.models.matcher import PairMatcher
-from vpr_lite_ros.models.netvlad import NetVLAD
+from vpr_lite_ros.models.netvlad import NetVLAD, netvlad_of
 from vpr_lite_ros.models.place import PlaceNetwork
 from vpr_lite_ros.models.repvgg import RepVGGLite
 from vpr_lite_ros.training.distill import Distill, DistillConfig
@@ -45,7 +45,12 @@ from vpr_lite_ros.training.loop import (
     train,
 )
 from vpr_lite_ros.training.match import Match, MatchConfig
-from vpr_lite_ros.training.pretrained import load_pretrained, read_clusters, restore_statistics
+from vpr_lite_ros.training.pretrained import (
+    load_pretrained,
+    read_clusters,
+    restore_statistics,
+    unfolded,
+)
 from vpr_lite_ros.training.thresholds import recommend, score_labelled_sets
 from vpr_lite_ros.training.triplet import Triplet, TripletConfig
 from vpr_lite_ros.training.views import Views, ViewsConfig
@@ -207,7 +212,8 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
         backbone = RepVGGLite()
         if backbone_file:
             load_pretrained(backbone, backbone_file)
-            if backbone_file.is_dir() and (moves := recipe.distil or recipe.views):
+            moves = recipe.distil or recipe.views
+            if backbone_file.is_dir() and moves and not getattr(moves, "folded", False):
                 # Triplets leave batch norm as it is.
                 restore_statistics(backbone, _stage(moves, backbone, on).batches()[2**40][0])
         last, vlad = output, clusters
@@ -222,8 +228,12 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
             if last.exists() and (done := read_checkpoint(last)).finished:
                 log.info("%s is finished: %d steps", last, done.step)
             else:
-                done = read_checkpoint(train(_stage(config, backbone, on), config, last, on))
-            backbone.load_state_dict(done.part("backbone"), strict=True)
+                stage = _stage(config, backbone, on, vlad)
+                done = read_checkpoint(train(stage, config, last, on))
+            weights = done.part("backbone")
+            if isinstance(config, ViewsConfig) and config.folded:
+                weights = unfolded(weights)
+            backbone.load_state_dict(weights, strict=True)
             vlad = done.part("vlad")
     # The other processes have nothing left to wait for.
     if not recipe.fit or on.rank > 0:
@@ -231,12 +241,17 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
     return fit_bundle(recipe, backbone.cpu(), vlad, began_with)
 
 
-def _stage(config: Schedule, backbone: RepVGGLite, on: Devices) -> Stage:
+def _stage(
+    config: Schedule,
+    backbone: RepVGGLite,
+    on: Devices,
+    clusters: dict[str, Any] | None = None,
+) -> Stage:
     match config:
         case DistillConfig():
             return Distill(config, backbone)
         case ViewsConfig():
-            return Views(config, backbone)
+            return Views(config, backbone, clusters)
         case TripletConfig():
             return Triplet(config, backbone, on)
     raise TypeError(f"no stage for {type(config).__name__}")
@@ -324,10 +339,7 @@ def _clusters(config: FitConfig, trained_vlad: dict[str, Any] | None) -> int | N
             "fit.clusters is empty, but no stage before it trains clusters: say how many, or begin "
             "with a bundle (--backbone)"
         )
-    count, width = trained_vlad["centroids"].shape
-    vlad = NetVLAD(width, count, len(trained_vlad["pca.bias"]))
-    vlad.load_state_dict(trained_vlad)
-    return vlad
+    return netvlad_of(trained_vlad)
 
 
 def _history(output: Path) -> dict[str, Any]:
