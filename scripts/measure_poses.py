@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""How far METRIC closures of drawn drives are from the truth.
+"""How far the poses of closures of drawn drives are from the truth.
 
     vpr-lite simulate drive --seed 3 --depth
     vpr-lite replay drive --image-topic /camera/image_raw/compressed --output out \
         --depth-topic /camera/depth/image_raw
-    scripts/measure_metric.py out drive
+    scripts/measure_poses.py out drive
 
 A replay does not know where the camera sits on the body: its poses are of the camera, turned as the
-body is, and so is the truth here. `off / stated` is the distance by the deviation that the closure
-states of its position: 0.7 to 0.9 in the median if that is right, less if it is cautious.
+body is, and so is the truth here. `... / stated` is the error by the deviation that the closure
+states: 0.7 to 0.9 in the median if that is right, less if it is cautious.
 """
 
 from __future__ import annotations
@@ -18,23 +18,28 @@ import math
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vpr_lite_ros.backend.offline import read_closures
 from vpr_lite_ros.bags import read_poses
-from vpr_lite_ros.relative_pose import PoseType, rotation_matrix
+from vpr_lite_ros.relative_pose import PLACE_M, PoseType, rotation_matrix
 from vpr_lite_ros.simulation.view import CAMERA_IN_BASE
 
+_ALWAYS = ("metres apart", "rotation, radians off", "... / stated")
+COLUMNS = {
+    PoseType.NONE: _ALWAYS,
+    PoseType.ROTATION: _ALWAYS,
+    PoseType.ROTATION_AND_DIRECTION: (*_ALWAYS, "direction, radians off", "... / stated"),
+    PoseType.METRIC: (*_ALWAYS, "metres off", "... / stated"),
+}
 
-def errors(replay: Path, drive: Path) -> tuple[int, list[tuple[float, float, float, float]]]:
-    """How many closures there are; of each METRIC one metres off, radians off, metres off by what
-    was stated, and metres between the two images."""
-    closures = read_closures(replay / "closures.jsonl")
+
+def errors(replay: Path, drive: Path) -> dict[PoseType, list[tuple[float, ...]]]:
+    """Of each closure, by its type of pose, what ``COLUMNS`` names."""
     truth = read_poses(drive)
     assert truth.stamps_ns is not None and truth.quaternions is not None
-    rows = []
-    for closure in closures:
-        if closure.pose_type is not PoseType.METRIC:
-            continue
+    rows: dict[PoseType, list[tuple[float, ...]]] = {}
+    for closure in read_closures(replay / "closures.jsonl"):
         at = [
             int(np.abs(truth.stamps_ns - s).argmin()) for s in (closure.query_ns, closure.match_ns)
         ]
@@ -42,13 +47,30 @@ def errors(replay: Path, drive: Path) -> tuple[int, list[tuple[float, float, flo
         query, match = (
             truth.xyz[row] + turn @ CAMERA_IN_BASE for row, turn in zip(at, turns, strict=True)
         )
-        way = turns[0].T @ (match - query)
-        error = rotation_matrix(*closure.quaternion).T @ turns[0].T @ turns[1]
-        off = float(np.linalg.norm(np.array(closure.translation) - way))
-        angle = math.acos(min(1.0, max(-1.0, (float(np.trace(error)) - 1) / 2)))
-        stated = math.sqrt(float(np.trace(closure.covariance[:3, :3])))
-        rows.append((off, angle, off / stated, float(np.linalg.norm(way))))
-    return len(closures), rows
+        way, told = turns[0].T @ (match - query), np.array(closure.translation)
+        length = float(np.linalg.norm(way))
+        turn = rotation_matrix(*closure.quaternion).T @ turns[0].T @ turns[1]
+        of_position, of_turn = closure.covariance[:3, :3], closure.covariance[3:, 3:]
+        turned = _angle(float(np.trace(turn) - 1) / 2)
+        row: tuple[float, ...] = (length, turned, turned / _deviation(of_turn))
+        if closure.pose_type is PoseType.ROTATION_AND_DIRECTION:
+            off = _angle(float(told @ way) / max(length, 1e-9))
+            aside = np.eye(3) - np.outer(told, told)
+            row += (off, off * PLACE_M / _deviation(aside @ of_position @ aside))
+        elif closure.pose_type is PoseType.METRIC:
+            off = float(np.linalg.norm(told - way))
+            row += (off, off / _deviation(of_position))
+        rows.setdefault(closure.pose_type, []).append(row)
+    return rows
+
+
+def _deviation(covariance: NDArray[np.float64]) -> float:
+    """Of all directions together."""
+    return math.sqrt(max(float(np.trace(covariance)), 1e-12))
+
+
+def _angle(cosine: float) -> float:
+    return math.acos(min(1.0, max(-1.0, cosine)))
 
 
 def main() -> None:
@@ -64,15 +86,14 @@ def main() -> None:
     folders = parser.parse_args().folders
     if len(folders) % 2:
         parser.error("to each replay belongs its drive")
-    closures, rows = 0, []
+    found: dict[PoseType, list[tuple[float, ...]]] = {}
     for replay, drive in zip(folders[::2], folders[1::2], strict=True):
-        count, found = errors(replay, drive)
-        closures += count
-        rows += found
-    print(f"{len(rows)} of {closures} closures are METRIC")
-    if rows:
-        names = "metres off", "radians off", "off / stated", "metres apart"
-        for name, values in zip(names, zip(*rows, strict=True), strict=True):
+        for kind, rows in errors(replay, drive).items():
+            found.setdefault(kind, []).extend(rows)
+    closures = sum(map(len, found.values()))
+    for kind, rows in sorted(found.items()):
+        print(f"{len(rows)} of {closures} closures are {kind.name}")
+        for name, values in zip(COLUMNS[kind], zip(*rows, strict=True), strict=True):
             median, most, worst = np.percentile(values, (50, 90, 100))
             print(f"  {name}: median {median:.3f}, 90% {most:.3f}, largest {worst:.3f}")
 

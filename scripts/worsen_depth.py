@@ -5,7 +5,7 @@
     scripts/worsen_depth.py drive drive_stereo --camera stereo
     vpr-lite replay drive_stereo --image-topic /camera/image_raw/compressed --output out \\
         --depth-topic /camera/depth/image_raw --min_time_gap_s 20 --min_closure_interval_s 0
-    scripts/measure_metric.py out drive_stereo
+    scripts/measure_poses.py out drive_stereo
 
 What is further than 20 m is unknown (--farthest); of an RGB-D camera, what is further than 8 m. A
 stereo camera has 12 cm between its lenses, and its disparity is off by 0.3 px. It looks for whole

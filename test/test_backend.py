@@ -68,6 +68,25 @@ def test_closures_take_the_drift_out(drive: Drive, pose_type: PoseType, share: f
     assert error(corrected.trajectory, truth) < share * error(odometry, truth)
 
 
+def test_a_direction_is_believed_as_far_as_its_covariance_says(drive: Drive) -> None:
+    truth, odometry = drive
+    found = loops.closures(truth, PoseType.ROTATION_AND_DIRECTION)
+
+    def off(sigma_m: float, along: float = 0.0) -> float:
+        said = []
+        for one in found:
+            covariance = np.diag([sigma_m**2] * 3 + [0.01**2] * 3)
+            covariance[:3, :3] += along * np.outer(one.translation, one.translation)
+            said.append(replace(one, covariance=covariance))
+        return error(correct(odometry, said).trajectory, truth)
+
+    # A closure that says nothing of its position (1 km, as of a release before) is of one place.
+    assert off(0.3) < off(5.0) < 0.6 * error(odometry, truth)
+    assert off(1000.0) == pytest.approx(off(5.0), rel=0.05)
+    # Nobody knows how far away it is, and the graph does not need to be told.
+    assert off(0.3, along=1e6) == pytest.approx(off(0.3), rel=1e-3)
+
+
 def test_without_closures_odometry_stays_as_it_is(drive: Drive) -> None:
     _, odometry = drive
     corrected = correct(odometry, []).trajectory

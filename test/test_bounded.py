@@ -145,6 +145,19 @@ def test_the_same_stream_leaves_the_same_keyframes(open_database: Open, tmp_path
     assert left[0] == left[1] and len(left[0]) <= 700
 
 
+def test_blocks_in_which_descriptors_are_compared_change_nothing(
+    open_database: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+    for block in (7, 10**6):
+        monkeypatch.setattr("vpr_lite_ros.thinning.BLOCK", block)
+        database = open_database(path="", max_keyframes=40)
+        for i in range(90):
+            database.add(i * SECOND, _view(i % 13, i))
+        left.append(_ids(database))
+    assert left[0] == left[1]
+
+
 def test_agreement_counts_the_keyframes_that_are_left(open_database: Open) -> None:
     database = open_database(max_keyframes=10)
     for i in range(200):

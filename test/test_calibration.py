@@ -217,9 +217,9 @@ def test_matches_agree_with_a_camera_or_else_with_a_plane(
         detector.process(make_picture(1), 10**9, camera=known)
         decision = detector.query(make_picture(1), top_k=1, camera=known)
         (candidate,) = decision.candidates
-        # The same picture: all matches stay where they are, and that fits both.
+        # The same picture: matches stay where they are, to some pixels, and that fits both.
         assert candidate.num_matches >= 10
-        assert candidate.agreement == candidate.num_matches
+        assert candidate.agreement >= (0.8 if known else 1) * candidate.num_matches
         assert candidate.num_inliers == (candidate.agreement if known else 0)
         curve = CURVE if known else PLAIN
         assert candidate.confidence == curve.confidence(features_of(candidate))

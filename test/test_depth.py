@@ -22,11 +22,17 @@ from vpr_lite_ros.bags.rosbag import Bag
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import open_database
 from vpr_lite_ros.depth import DepthBuffer, decode_depth, sample_depth
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import Candidate, Decision, LoopDetector
 from vpr_lite_ros.image import ImageError
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, PlaceModel, open_model
-from vpr_lite_ros.matching import Camera
-from vpr_lite_ros.relative_pose import Mount, PoseType, relative_pose_of, rotation_matrix
+from vpr_lite_ros.matching import Camera, fit_epipolar
+from vpr_lite_ros.relative_pose import (
+    Mount,
+    PoseType,
+    RelativePose,
+    relative_pose_of,
+    rotation_matrix,
+)
 from vpr_lite_ros.replay import replay_recording
 from vpr_lite_ros.simulation import Drive, SimulatedFrame, simulate_drive
 
@@ -201,30 +207,73 @@ def run(
     ]
 
 
+def closures_of(
+    seen: list[tuple[SimulatedFrame, Decision]],
+) -> Iterator[tuple[Candidate, NDArray[np.float64], float]]:
+    """Each closure, the true way to the match in the body's frame at the query, and the turn."""
+    truth = {frame.stamp_ns: frame.pose for frame, _ in seen}
+    for frame, decision in seen:
+        if decision.closure is not None:
+            x, y, yaw = frame.pose
+            there_x, there_y, there_yaw = truth[decision.closure.keyframe.stamp_ns]
+            cos, sin = np.cos(yaw), np.sin(yaw)
+            dx, dy = there_x - x, there_y - y
+            away = np.array([cos * dx + sin * dy, cos * dy - sin * dx, 0])
+            yield decision.closure, away, there_yaw - yaw
+
+
+def turn_off(known: RelativePose, turned: float) -> float:
+    turn = rotation_matrix(*known.quaternion)
+    off = np.arctan2(turn[1, 0], turn[0, 0]) - turned
+    return float(abs(np.angle(np.exp(1j * off))))
+
+
+def test_without_depth_pictures_tell_direction_and_turn(
+    detector: LoopDetector, revisit: tuple[Drive, list[SimulatedFrame]]
+) -> None:
+    """To some hundredths of a radian, where patches are off by some tenths."""
+    errors, seen = [], run(detector, *revisit, laps=())
+    described = {one.closure.keyframe.id: one.description for _, one in seen if one.closure}
+    for closure, away, turned in closures_of(seen):
+        assert closure.refined is not None and closure.metric is None
+        # What is counted are points between the keyframe's patches.
+        assert closure.matches is not None and closure.points is not None
+        apart = closure.points - closure.keyframe.centres[closure.matches.candidate]
+        assert 1 < np.median(np.linalg.norm(apart * (640, 480), axis=1)) < 8
+        description, camera = described[closure.keyframe.id], closure.keyframe.camera
+        assert description is not None and camera is not None
+        near = 3.0 * camera.radians_per_pixel(640)
+        again = fit_epipolar(
+            camera.rays(description.centres[closure.matches.query]),
+            camera.rays(closure.points),
+            near,
+        )
+        assert again is not None and closure.num_inliers == np.count_nonzero(again.inliers)
+        off = []
+        for motion in (closure.refined, closure.fit):
+            known = relative_pose_of(motion)
+            assert known.pose_type is PoseType.ROTATION_AND_DIRECTION
+            cosine = np.dot(known.translation, away) / np.linalg.norm(away)
+            off += [float(np.arccos(min(1.0, cosine))), turn_off(known, turned)]
+        errors.append(off)
+    direction, turn, rough_direction, rough_turn = np.median(errors, axis=0)
+    assert len(errors) >= 4
+    assert direction < 0.1 and direction < rough_direction / 3
+    assert turn < 0.02 and turn < rough_turn
+
+
 @pytest.mark.parametrize("laps", [(1,), (2,)], ids=["of the match", "of the query"])
 def test_closures_of_a_drive_with_depth_are_metric(
     detector: LoopDetector, revisit: tuple[Drive, list[SimulatedFrame]], laps: tuple[int, ...]
 ) -> None:
     drive, frames = revisit
-    truth = {frame.stamp_ns: frame.pose for frame in frames}
     mount = Mount(position=np.array(drive.camera_in_base))
     errors = []
-    for frame, decision in run(detector, drive, frames, laps):
-        closure = decision.closure
-        if closure is None:
-            continue
-        known = relative_pose_of(closure.fit, closure.metric, mount)
+    for closure, away, turned in closures_of(run(detector, drive, frames, laps)):
+        known = relative_pose_of(closure.motion, closure.metric, mount)
         assert known.pose_type is PoseType.METRIC
-        x, y, yaw = frame.pose
-        there_x, there_y, there_yaw = truth[closure.keyframe.stamp_ns]
-        away = np.array([[np.cos(yaw), np.sin(yaw)], [-np.sin(yaw), np.cos(yaw)]]) @ (
-            there_x - x,
-            there_y - y,
-        )
-        off = np.linalg.norm(known.translation - np.array([*away, 0]))
-        turn = rotation_matrix(*known.quaternion)
-        off_turn = np.arctan2(turn[1, 0], turn[0, 0]) - (there_yaw - yaw)
-        errors.append((off, abs(np.angle(np.exp(1j * off_turn))), np.linalg.norm(away)))
+        off = np.linalg.norm(known.translation - away)
+        errors.append((off, turn_off(known, turned), np.linalg.norm(away)))
     metres, radians, away_m = np.array(errors).T
     assert len(metres) >= 4 and np.median(away_m) > 2, "too few, or too easy"
     assert np.median(metres) < 0.3 and metres.max() < 1.0

@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 
 from vpr_lite_ros.matching import (
     MIN_SHARE,
+    PATCH_SPACING_PX,
     Camera,
+    Matches,
     Status,
     count_planar,
     epipolar_distance,
     fit_epipolar,
+    meeting_points,
     mutual_matches,
 )
+from vpr_lite_ros.models.netvlad import patch_cells
+from vpr_lite_ros.models.repvgg import STRIDE
 
 Array = NDArray[np.float64]
 
@@ -187,7 +192,7 @@ def test_epipolar_distance_is_the_distance_to_the_line() -> None:
     second = first + np.array([[0.3, 0.0], [-0.2, 0.02], [0.5, -0.1]])
     # Sampson's distance shares the gap between the two images.
     expected = np.array([0, 0.02, 0.1]) / math.sqrt(2)
-    assert epipolar_distance(essential, first, second) == pytest.approx(expected)
+    assert np.abs(epipolar_distance(essential, first, second)) == pytest.approx(expected)
 
 
 # Cameras
@@ -303,6 +308,57 @@ def test_no_patch_is_matched_twice() -> None:
         matches = mutual_matches(assignment, 0)
         assert len(set(matches.query.tolist())) == len(matches)
         assert len(set(matches.candidate.tolist())) == len(matches) > 0
+
+
+def _grid(columns: int, rows: int) -> NDArray[np.float32]:
+    """Centres of patches, 16 px apart, of an image of 16 × ``columns`` by 16 × ``rows`` pixels."""
+    x, y = np.meshgrid((np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows)
+    return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
+
+
+def test_points_are_found_between_patches() -> None:
+    size = (192, 128)
+    centres = _grid(12, 8)[np.random.default_rng(0).permutation(96)]  # in order of salience
+    pixels = centres * size
+    for shift in ((5.0, -3.0), (0.0, 0.0), (-7.5, 6.0), (16.0, 2.0)):
+        # Shares fall off with the distance to where a patch really is.
+        apart = np.linalg.norm(pixels[:, None] + shift - pixels[None], axis=2)
+        assignment = np.exp(-((apart / 8) ** 2)).astype(np.float32)
+        assignment[apart > 45] = 0.3  # what is far away says nothing
+        inner = ((pixels > 40) & (pixels < np.array(size) - 40)).all(axis=1).nonzero()[0]
+        index = apart[inner].argmin(axis=1)
+        matches = Matches(inner, index, assignment[inner, index])
+        points = meeting_points(assignment, matches, centres, centres, size)
+        off = points * size - pixels[inner] - shift
+        by_grid = pixels[index] - pixels[inner] - shift
+        assert np.abs(off).max() < 0.2 + 0.3 * np.abs(by_grid).max(), shift
+
+
+def test_points_are_the_same_seen_from_either_image() -> None:
+    size = (192, 128)
+    centres = _grid(12, 8)
+    assignment = np.random.default_rng(0).random((96, 96), np.float32)
+    index, shares = np.arange(96), np.ones(96, np.float32)
+    there = meeting_points(assignment, Matches(index, index[::-1], shares), centres, centres, size)
+    back = meeting_points(assignment.T, Matches(index[::-1], index, shares), centres, centres, size)
+    np.testing.assert_allclose(there - centres, centres[::-1] - back, atol=1e-6)
+
+
+def test_a_patch_alone_stays_where_it_is() -> None:
+    size = (192, 128)
+    centres, others = _grid(12, 8)[[0, 40, 95]], _grid(12, 8)[[95, 0, 70]]  # corners among them
+    assignment = np.array([[0, 0.5, 0], [0, 0, 0.6], [0.7, 0, 0]], np.float32)
+    matches = mutual_matches(assignment)
+    points = meeting_points(assignment, matches, centres, others, size)
+    np.testing.assert_allclose(points, others[[1, 2, 0]], atol=1e-6)
+    nothing = mutual_matches(np.zeros((3, 3), np.float32))
+    assert meeting_points(assignment, nothing, centres, others, size).shape == (0, 2)
+
+
+def test_patches_are_as_far_apart_as_the_network_has_them() -> None:
+    assert PATCH_SPACING_PX == STRIDE
+    centres = patch_cells(30, 40)[1].numpy()
+    np.testing.assert_allclose(centres[:39], _grid(40, 30)[:39])
 
 
 def test_status_numbers_are_those_of_the_message(repository: Path) -> None:

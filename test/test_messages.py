@@ -67,7 +67,7 @@ def make_candidate(keyframe_id: int, fit: EpipolarFit | None, status: Status) ->
     index = np.arange(3)
     matches = Matches(index, index, np.ones(3, np.float32))
     return Candidate(
-        keyframe, 0.9, keyframe_id, 0.7, matches, fit, confidence=0.8, agreeing=1, status=status
+        keyframe, 0.9, keyframe_id, 0.7, matches, fit=fit, confidence=0.8, agreeing=1, status=status
     )
 
 
@@ -99,7 +99,9 @@ def test_a_turn_to_the_left_is_positive_about_z_of_the_body() -> None:
     assert (turn.x, turn.y) == pytest.approx((0, 0), abs=1e-9)
     assert (position.x, position.y, position.z) == pytest.approx((0, -1, 0), abs=1e-9)
     covariance = np.array(first.relative_pose.covariance).reshape(6, 6)
-    assert covariance[0, 0] >= 1e6, "the length of the translation is not known"
+    assert covariance[1, 1] >= 1e6, "the length of the translation is not known"
+    # Across it, what a direction from patches is worth: 0.7 rad, 5 m away.
+    assert covariance[[0, 2], [0, 2]] == pytest.approx(3.5**2)
     assert covariance[5, 5] < 1
     assert (second.status, second.match_id, second.pose_type) == (Status.LOW_SCORE, 1, 0)
     assert np.array(second.relative_pose.covariance).reshape(6, 6)[5, 5] >= 1e6

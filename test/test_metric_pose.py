@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from vpr_lite_ros.depth import sample_depth
 from vpr_lite_ros.image import thumbnail
-from vpr_lite_ros.matching import Camera, EpipolarFit
-from vpr_lite_ros.metric_pose import CORRELATED, MetricFit, View, fit_metric_pose, measure_way
-from vpr_lite_ros.refinement import find_again
+from vpr_lite_ros.matching import Camera, EpipolarFit, fit_epipolar
+from vpr_lite_ros.metric_pose import CORRELATED, MetricFit, fit_metric_pose, measure_way
+from vpr_lite_ros.refinement import TURN_SIGMA, View, find_again, refine_motion
 from vpr_lite_ros.relative_pose import (
     OPTICAL_IN_BODY,
     UNKNOWN_ARM_M,
@@ -196,6 +196,107 @@ def test_points_are_found_again_to_a_fraction_of_a_pixel(make_picture: MakePictu
     wall = thumbnail(np.full((480, 640, 3), 90, np.uint8))
     for one, another in ((wall, other), (other, wall), (b"", other), (other, b"")):
         assert not find_again(one, points, another, near)[1].any()
+
+
+def test_a_turn_is_refined_by_the_pictures(make_picture: MakePicture) -> None:
+    turn, matrix = pose(0, 0, 0, 0.03, 0.1, -0.05)[:3, :3], np.reshape(CAMERA.matrix, (3, 3))
+    picture = make_picture(6, (640, 480))
+    homography = matrix @ turn @ np.linalg.inv(matrix)  # from the match's pixels to the query's
+    turned = cv2.warpPerspective(picture, homography, (640, 480))
+    rng = np.random.default_rng(0)
+    centres = rng.uniform(0.2, 0.8, (200, 2))
+    seen = cv2.perspectiveTransform(centres[None] * (640, 480), homography)[0] / (640, 480)
+    # Neighbouring patches are off alike, as on a grid: here all of them.
+    match = View(CAMERA, thumbnail(picture), centres)
+    query = View(CAMERA, thumbnail(turned), seen + np.array([6 / 640, -5 / 480]))
+
+    def off(found: EpipolarFit | None) -> float:
+        assert found is not None
+        return float(np.linalg.norm(cv2.Rodrigues(found.rotation @ turn.T)[0]))
+
+    by_patches = fit_epipolar(CAMERA.rays(query.centres), CAMERA.rays(centres), TOLERANCE)
+    # What lies at the query's points is looked for around the match's.
+    refined = refine_motion(query, match, TOLERANCE / 2)
+    assert off(by_patches) > 0.008 and off(refined) < 0.003
+    known = relative_pose_of(refined)
+    assert known.pose_type is PoseType.ROTATION
+    np.testing.assert_allclose(np.diag(known.covariance), [1e6] * 3 + [TURN_SIGMA**2] * 3)
+    # Every inlier was found again, and what was not found is none.
+    few = replace(
+        match,
+        picture=thumbnail(
+            np.where(np.mgrid[:480, :640][1, ..., None] < 320, picture, 90).astype(np.uint8)
+        ),
+    )
+    half = refine_motion(query, few, TOLERANCE / 2)
+    assert half is not None and not half.inliers[centres[:, 0] > 0.56].any()
+    # By another place, a grey wall or without a picture nothing is refined.
+    for other in (make_picture(7, (640, 480)), np.full((480, 640, 3), 90, np.uint8)):
+        assert refine_motion(query, replace(match, picture=thumbnail(other)), TOLERANCE / 2) is None
+    assert refine_motion(replace(query, picture=b""), match, TOLERANCE) is None
+
+
+def _street(make_picture: MakePicture, seed: int) -> tuple[View, View]:
+    """Three walls, 5, 10 and 20 m ahead, seen a second time from 0.5 m further left; what is known
+    of the points is up to 6 pixels off, for neighbours alike."""
+    picture, rng = make_picture(seed, (640, 480)), np.random.default_rng(seed)
+    moved = np.zeros_like(picture)
+    centres = rng.uniform([0.1, 0.05], [0.8, 0.95], (200, 2))
+    band = (centres[:, 1] * 12).astype(int) % 3
+    for row in range(12):
+        shift = 0.5 / (5, 10, 20)[row % 3] * CAMERA.matrix[0]
+        moved[row * 40 : row * 40 + 40] = np.roll(
+            picture[row * 40 : row * 40 + 40], round(shift), 1
+        )
+    aside = 0.5 / np.array([5.0, 10.0, 20.0])[band] * CAMERA.matrix[0] / 640
+    near = centres + np.stack([aside, 0 * aside], axis=1)
+    off = rng.uniform(-6, 6, (4, 4, 2)) / (640, 480)
+    cell = (centres * 4).astype(int)
+    query = View(CAMERA, thumbnail(picture), centres)
+    return query, View(CAMERA, thumbnail(moved), near + off[cell[:, 1], cell[:, 0]])
+
+
+def test_a_refined_direction_is_as_sure_as_it_says(
+    make_picture: MakePicture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, stated, rough = [], [], []
+    # Here the intrinsics are exact.
+    monkeypatch.setattr("vpr_lite_ros.refinement.DIRECTION_FLOOR", 0.0)
+    for seed in range(12):
+        query, match = _street(make_picture, seed)
+        rays = CAMERA.rays(query.centres), CAMERA.rays(match.centres)
+        by_patches = fit_epipolar(*rays, 0.0075)
+        refined = refine_motion(query, match, 0.0075)
+        assert by_patches is not None and refined is not None and refined.covariance is not None
+        # The match's camera stands at the query's left: its points lie further right in its image.
+        off.append(np.linalg.norm(refined.direction - (-1, 0, 0)))
+        rough.append(np.linalg.norm(by_patches.direction - (-1, 0, 0)))
+        stated.append(np.sqrt(np.trace(refined.covariance[:3, :3])))
+        known = relative_pose_of(refined)
+        assert known.pose_type is PoseType.ROTATION_AND_DIRECTION
+        np.testing.assert_allclose(known.translation, (0, 1, 0), atol=0.15)
+        # To the left the way is of any length; across it is known, as far as a place reaches.
+        assert known.covariance[1, 1] > 1e5
+        aside = np.eye(3) - np.outer(known.translation, known.translation)
+        across = np.trace(aside @ known.covariance[:3, :3] @ aside)
+        assert across == pytest.approx(25 * np.trace(refined.covariance[:3, :3]), rel=0.05)
+        assert np.linalg.eigvalsh(known.covariance).min() > 0
+    assert np.median(off) < 0.03 and np.median(off) < np.median(rough) / 3
+    assert 0.1 < np.median(np.array(off) / stated) < 1.2
+
+
+@pytest.mark.parametrize("seed", [5, 6, 7, 8])
+def test_of_a_plane_two_motions_are_held_possible(make_picture: MakePicture, seed: int) -> None:
+    """The camera moved sideways before a wall; RANSAC is sure that it moved towards it."""
+    picture = make_picture(seed, (640, 480))
+    shift = 1.5 / 10 * CAMERA.matrix[0]
+    moved = cv2.warpAffine(picture, np.array([[1.0, 0, shift], [0, 1.0, 0]]), (640, 480))
+    points = np.random.default_rng(0).uniform(0.2, 0.7, (150, 2))
+    query = View(CAMERA, thumbnail(moved), points + np.array([shift / 640, 0]))
+    refined = refine_motion(query, View(CAMERA, thumbnail(picture), points), 0.0075)
+    assert refined is not None and refined.covariance is not None
+    stated = np.sqrt(np.trace(refined.covariance[:3, :3]))
+    assert not refined.direction.any() or stated > 0.3
 
 
 def _views(make_picture: MakePicture) -> tuple[View, View, EpipolarFit]:

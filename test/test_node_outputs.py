@@ -132,7 +132,8 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     picture = make_picture(2, SIZE)
     decision = publisher.show(picture, 9)
     closure = decision.closure
-    assert closure is not None and closure.matches is not None and decision.description is not None
+    assert closure is not None and decision.description is not None
+    assert closure.matches is not None and closure.points is not None
     said = sent["loop_closures"][-1]
     assert (said.match_id, said.status, said.robot_id) == (2, Status.ACCEPTED, 5)
     assert (said.header.frame_id, said.latency_ms) == ("base_link", 12.5)
@@ -145,7 +146,7 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
         picture,
         detector.database.thumbnail(2),
         decision.description.centres[closure.matches.query],
-        closure.keyframe.centres[closure.matches.candidate],
+        closure.points,
         closure.fit.inliers if closure.fit else None,
     )
     assert (shown.height, shown.width, shown.step) == (*expected.shape[:2], 3 * expected.shape[1])
@@ -160,15 +161,15 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     assert (keyframe.robot_id, keyframe.session) == (5, "one")
     assert (keyframe.header.stamp.sec, keyframe.header.frame_id) == (9, "eye")
     bundle = detector.model.bundle
-    description, camera = messages.from_keyframe(
-        keyframe,
-        model_id=bundle.model_id,
-        dimension=bundle.dimension,
-        max_patches=bundle.max_patches,
-    )
+    sizes = {"dimension": bundle.dimension, "max_patches": bundle.max_patches}
+    description, camera = messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
     assert camera == CAMERA
     np.testing.assert_array_equal(description.tokens, decision.description.tokens)
     assert bytes(keyframe.thumbnail) == detector.database.thumbnail(9)
+    for where in (-0.1, 1e9, math.inf):
+        keyframe.centres[3] = where
+        with pytest.raises(ValueError, match="robot 5 has"):
+            messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
 
 
 def test_where_the_camera_is_is_asked_until_tf_knows(

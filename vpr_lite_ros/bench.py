@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.config import make_config
+from vpr_lite_ros.config import Config, make_config
 from vpr_lite_ros.database import KeyframeDatabase
 from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.image import Image, fit
@@ -39,7 +39,7 @@ from vpr_lite_ros.inference import (
     load_bundle,
     open_model,
 )
-from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
+from vpr_lite_ros.matching import Camera, fit_epipolar, meeting_points, mutual_matches
 from vpr_lite_ros.measurement import OPEN
 from vpr_lite_ros.simulation import simulate_drive
 from vpr_lite_ros.summary import Record, write_json
@@ -148,11 +148,12 @@ def _decode(
     size: tuple[int, int],
 ) -> None:
     """From assignments to geometry, as the detector does."""
-    tolerance = 8.0 * camera.radians_per_pixel(size[0])
+    tolerance = Config().epipolar_tolerance_px * camera.radians_per_pixel(size[0])
     for other, assignment in zip(others, assignments, strict=True):
         matches = mutual_matches(assignment)
+        points = meeting_points(assignment, matches, query.centres, other.centres, size)
         rays = camera.rays(query.centres[matches.query])
-        fit_epipolar(rays, camera.rays(other.centres[matches.candidate]), tolerance)
+        fit_epipolar(rays, camera.rays(points), tolerance)
 
 
 def _total(

@@ -27,9 +27,11 @@ from vpr_lite_ros.matching import (
     Status,
     count_planar,
     fit_epipolar,
+    meeting_points,
     mutual_matches,
 )
-from vpr_lite_ros.metric_pose import MetricFit, View, measure_way
+from vpr_lite_ros.metric_pose import MetricFit, measure_way
+from vpr_lite_ros.refinement import View, refine_motion
 
 AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
@@ -51,8 +53,13 @@ class Candidate:
     match_score: float = math.nan
     """Transported mass, 0…1; NaN where the pair was not matched."""
     matches: Matches | None = None
+    points: NDArray[np.float64] | None = None
+    """(M, 2) of the matches: where the keyframe shows what lies at the query's patches, fractions
+    of the image. Found between the keyframe's patches."""
     fit: EpipolarFit | None = None
     """None where a camera is not known or no motion was found."""
+    refined: EpipolarFit | None = None
+    """Of a closure: ``fit`` once more, from what correlation finds again in the two pictures."""
     metric: MetricFit | None = None
     """Of a closure, one of whose images has depth."""
     agreement: int = 0
@@ -72,6 +79,11 @@ class Candidate:
     travelled_m: float = math.nan
     """... and how far the robot has driven since."""
     status: Status = Status.NOT_BEST
+
+    @property
+    def motion(self) -> EpipolarFit | None:
+        """The best that is known of the way between the two cameras, without metres."""
+        return self.refined or self.fit
 
     @property
     def num_matches(self) -> int:
@@ -102,7 +114,7 @@ class Decision:
     is_keyframe: bool = False
     """Whether the image was looked up. In mode localization no keyframe is stored."""
     timings_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds by stage: resize, place, search, match, verify, metric, store."""
+    """Milliseconds by stage: resize, place, search, match, verify, refine, store."""
 
     @property
     def recognised(self) -> Candidate | None:
@@ -325,30 +337,36 @@ class LoopDetector:
             for candidate, score, assignment in zip(similar, scores, assignments, strict=True):
                 candidate.match_score = float(score)
                 candidate.matches = mutual_matches(assignment)
+                candidate.points = meeting_points(
+                    assignment,
+                    candidate.matches,
+                    description.centres,
+                    candidate.keyframe.centres,
+                    self.model.bundle.image_size,
+                )
                 candidate.status = self._check(candidate, description, camera)
 
     def _check(
         self, candidate: Candidate, description: Description, camera: Camera | None
     ) -> Status:
         """The first check that a matched candidate fails, or NOT_BEST while it may still win."""
-        assert candidate.matches is not None
+        assert candidate.matches is not None and candidate.points is not None
         if (status := self.judge(candidate)) is not Status.NOT_BEST:
             return status
         query_centres = description.centres[candidate.matches.query]
-        candidate_centres = candidate.keyframe.centres[candidate.matches.candidate]
         known_camera = candidate.keyframe.camera
         candidate.has_camera = camera is not None and known_camera is not None
         if camera is not None and known_camera is not None:
             candidate.fit = fit_epipolar(
                 camera.rays(query_centres),
-                known_camera.rays(candidate_centres),
+                known_camera.rays(candidate.points),
                 self._tolerance(camera),
             )
             candidate.agreement = candidate.num_inliers
         else:
             pixels = np.array(self.model.bundle.image_size)
             candidate.agreement = count_planar(
-                query_centres * pixels, candidate_centres * pixels, PLANAR_TOLERANCE_PX
+                query_centres * pixels, candidate.points * pixels, PLANAR_TOLERANCE_PX
             )
         if (calibration := self.model.bundle.calibration) is not None:
             curve = calibration.curve(candidate.has_camera)
@@ -364,22 +382,24 @@ class LoopDetector:
     def _measure(
         self, decision: Decision, picture: bytes, description: Description, camera: Camera | None
     ) -> None:
-        """The way to the closure in metres, where one of the two images has depth."""
+        """The way to the closure once more, by the pictures; in metres, where one has depth."""
         closure = decision.closure
-        if closure is None or closure.fit is None or closure.matches is None:
+        if closure is None or closure.fit is None:
             return
-        keyframe, matches = closure.keyframe, closure.matches
-        if description.depth is None and keyframe.depth is None:
-            return
+        keyframe, matches, points = closure.keyframe, closure.matches, closure.points
+        assert matches is not None and points is not None, "there is an epipolar fit"
         assert camera is not None and keyframe.camera is not None, "there is an epipolar fit"
-        with _timed(decision, "metric"):
+        with _timed(decision, "refine"):
             try:
                 stored = self.database.thumbnail(keyframe.id)
             except DatabaseError:  # a damaged picture costs no closure
                 return
             query = _view(camera, picture, description, matches.query)
             match = _view(keyframe.camera, stored, keyframe, matches.candidate)
-            closure.metric = measure_way(query, match, closure.fit, self._tolerance(camera))
+            tolerance = self._tolerance(camera)
+            closure.refined = refine_motion(query, replace(match, centres=points), tolerance)
+            motion = closure.refined or closure.fit
+            closure.metric = measure_way(query, match, motion, tolerance)
 
     def judge(self, candidate: Candidate) -> Status:
         """The first check that fails by what is known of a candidate so far, else NOT_BEST.

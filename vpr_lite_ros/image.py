@@ -172,8 +172,8 @@ def thumbnail(image: Image) -> bytes:
 def draw_matches(
     query: Image,
     keyframe: bytes,
-    query_points: NDArray[np.float32],
-    keyframe_points: NDArray[np.float32],
+    query_points: NDArray[np.floating],
+    keyframe_points: NDArray[np.floating],
     inliers: NDArray[np.bool_] | None,
 ) -> Image:
     """The query at the left, the keyframe's thumbnail at the right, a line for each match.

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 MIN_SHARE = 0.1
 """Least share of a patch's mass that must flow to its partner for the two to be a match."""
+PATCH_SPACING_PX = 16
+"""Of the network's input, from one patch to the next: the backbone's stride."""
+ROTATION_SIGMA, DIRECTION_SIGMA = 0.1, 0.7
+"""Radians: how far matches of patches, 16 px apart, tell the motion between two cameras."""
 _NO_PARALLAX = 0.9
 """A rotation that explains this share of the matches that the best motion explains is preferred."""
 
@@ -59,7 +63,7 @@ class Camera:
         if self.width <= 0 or self.height <= 0:
             raise ValueError(f"camera size {self.width}x{self.height} is not a size")
 
-    def rays(self, centres: NDArray[np.float32]) -> NDArray[np.float64]:
+    def rays(self, centres: NDArray[np.floating]) -> NDArray[np.float64]:
         """Points (N, 2), fractions of the image, to undistorted x / z, y / z (N, 2)."""
         if not len(centres):
             return np.zeros((0, 2))  # which OpenCV would refuse
@@ -115,6 +119,9 @@ class EpipolarFit:
     direction: NDArray[np.float64]
     """(3,) unit vector to the candidate's camera in the query's, its length is not known; zeros
     where a rotation alone explains the matches: the way between is short beside what is seen."""
+    covariance: NDArray[np.float64] | None = None
+    """(6, 6) of x y z of the direction, added, and of rotations about x y z, applied last, all in
+    the query's frame; radians². None: as rough as ``ROTATION_SIGMA`` and ``DIRECTION_SIGMA``."""
 
 
 def mutual_matches(assignment: NDArray[np.float32], min_share: float = MIN_SHARE) -> Matches:
@@ -125,6 +132,58 @@ def mutual_matches(assignment: NDArray[np.float32], min_share: float = MIN_SHARE
     shares = assignment[query, best_candidate]
     kept = (best_query[best_candidate] == query) & (shares >= min_share)
     return Matches(query[kept], best_candidate[kept], shares[kept])
+
+
+def meeting_points(
+    assignment: NDArray[np.float32],
+    matches: Matches,
+    query_centres: NDArray[np.float32],
+    candidate_centres: NDArray[np.float32],
+    image_size: tuple[int, int],
+) -> NDArray[np.float64]:
+    """(M, 2) where the candidate shows what lies at the matched patches of the query.
+
+    Patches lie on a grid, what they show does not: a patch that lies between four of the other
+    image shares its mass among them. Where that mass is on average, seen from both sides, is half
+    as far off as the grid's nearest point (3 pixels in place of 6, docs/training.md).
+
+    Parameters
+    ----------
+    assignment
+        (N, M') that ``matches`` were found in.
+    query_centres, candidate_centres
+        (N, 2) and (M', 2) of all patches, fractions of the image, as are those returned.
+    image_size
+        Width and height of the network's input.
+    """
+    there = _mean_place(assignment[matches.query], matches.candidate, candidate_centres, image_size)
+    back = _mean_place(assignment.T[matches.candidate], matches.query, query_centres, image_size)
+    # From the query's patch to there, and from back to the candidate's patch: the mean of both.
+    forth = there - query_centres[matches.query]
+    return query_centres[matches.query] + (forth + candidate_centres[matches.candidate] - back) / 2
+
+
+def _mean_place(
+    shares: NDArray[np.float32],
+    nearest: NDArray[np.int64],
+    centres: NDArray[np.float32],
+    image_size: tuple[int, int],
+) -> NDArray[np.float64]:
+    """(M, 2) where the roots of ``shares`` (M, P) are on average, in the patch ``nearest`` (M)
+    and the eight around it.
+
+    Roots, because transport exaggerates: of two patches that are nearly as alike, one gets most.
+    """
+    spacing = PATCH_SPACING_PX / np.array(image_size)
+    column, row = np.floor(centres / spacing).astype(np.int64).T + 1
+    patch_at = np.full((row.max() + 2, column.max() + 2), -1)  # with a margin of no patches
+    patch_at[row, column] = np.arange(len(centres))
+    down, right = (step.ravel() - 1 for step in np.indices((3, 3)))
+    around = patch_at[row[nearest, None] + down, column[nearest, None] + right]
+    weights = np.sqrt(np.take_along_axis(shares, np.maximum(around, 0), axis=1), dtype=np.float64)
+    weights[around < 0] = 0
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.asarray((weights[:, :, None] * centres[around]).sum(axis=1))
 
 
 def fit_epipolar(
@@ -144,7 +203,7 @@ def fit_epipolar(
     """
     if len(query_rays) < 5:
         return None
-    turn = _fit_rotation(query_rays, candidate_rays, tolerance)
+    turn = fit_rotation(query_rays, candidate_rays, tolerance)
     motion, before = _fit_motion(query_rays, candidate_rays, tolerance)
     if turn is None or motion is None or not before.any():
         return turn if turn is not None and turn.inliers.any() else motion
@@ -156,9 +215,10 @@ def fit_epipolar(
     return EpipolarFit(before, turn.rotation, turn.direction)
 
 
-def _fit_rotation(
+def fit_rotation(
     query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
 ) -> EpipolarFit | None:
+    """The rotation alone that most matches agree with; arguments as of ``fit_epipolar``."""
     found, _ = cv2.findHomography(
         candidate_rays, query_rays, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
     )
@@ -183,7 +243,7 @@ def _fit_motion(
     )
     if essential is None or essential.shape != (3, 3) or not np.isfinite(essential).all():
         return None, np.zeros(len(query_rays), np.bool_)
-    near = epipolar_distance(essential, candidate_rays, query_rays) <= tolerance
+    near = np.abs(epipolar_distance(essential, candidate_rays, query_rays)) <= tolerance
     # It counts only points in front of both cameras, nearer than a great distance.
     _, rotation, direction, mask, _ = cv2.recoverPose(
         essential,
@@ -231,10 +291,10 @@ def count_planar(
 def epipolar_distance(
     essential: NDArray[np.float64], from_rays: NDArray[np.float64], to_rays: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """(M,) Sampson distance of matched rays (M, 2) to their epipolar lines."""
+    """(M,) Sampson distance of matched rays (M, 2) to their epipolar lines, with its side."""
     x0, x1 = _homogeneous(from_rays), _homogeneous(to_rays)
     line1, line0 = x0 @ essential.T, x1 @ essential
-    error = np.abs(np.sum(x1 * line1, axis=1))
+    error = np.sum(x1 * line1, axis=1)
     slope = np.sqrt((line1[:, :2] ** 2).sum(axis=1) + (line0[:, :2] ** 2).sum(axis=1))
     return np.asarray(error / np.maximum(slope, 1e-12))
 
@@ -242,3 +302,10 @@ def epipolar_distance(
 def _homogeneous(rays: NDArray[np.float64]) -> NDArray[np.float64]:
     """(M, 3): with a third coordinate of 1."""
     return np.concatenate([rays, np.ones((len(rays), 1))], axis=1)
+
+
+def cross(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, 3, 3) matrices that multiply by vectors (N, 3) as the cross product does."""
+    x, y, z = vectors.T
+    zero = np.zeros_like(x)
+    return np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=1).reshape(-1, 3, 3)

@@ -90,7 +90,7 @@ def to_messages(
 
 
 def _of_candidate(common: LoopClosure, candidate: Candidate, mount: Mount) -> LoopClosure:
-    known = relative_pose_of(candidate.fit, candidate.metric, mount)
+    known = relative_pose_of(candidate.motion, candidate.metric, mount)
     return LoopClosure(
         header=common.header,
         match_stamp=to_time(candidate.keyframe.stamp_ns),
@@ -188,6 +188,8 @@ def from_keyframe(
     finite = all(np.isfinite(numbers).all() for numbers in (descriptor, tokens, centres))
     if not finite or abs(float(np.linalg.norm(descriptor)) - 1) > 0.01:
         raise ValueError(f"{who} has a descriptor that is no unit vector, or is not finite")
+    if not ((centres >= 0) & (centres <= 1)).all():
+        raise ValueError(f"{who} has centres of patches outside of its image, not within 0 to 1")
     depth = np.array(message.depth, np.float32).astype(np.float16)
     if len(depth) not in (0, max_patches) or not (np.isfinite(depth) & (depth >= 0)).all():
         raise ValueError(f"{who} has {len(depth)} depths, not {max_patches} of 0 m or more")

@@ -14,13 +14,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.matching import Camera, EpipolarFit
-from vpr_lite_ros.refinement import find_again
+from vpr_lite_ros.matching import EpipolarFit, cross
+from vpr_lite_ros.refinement import MIN_POINTS, MIN_SHARE, View, find_again
 
-MIN_POINTS = 12
-"""Fewer points that agree could agree by chance."""
-MIN_SHARE = 0.5
-"""Of the points that have depth and were found again, this share must agree."""
+LOOSER = 4 / 3
+"""A projected point may miss this many times as far as an epipolar line: depth errs, too."""
 MAX_TURN = 0.5
 """Radians between the rotation found and that of the epipolar geometry, which is off by a third of
 it at most where it is right."""
@@ -29,19 +27,6 @@ MAX_SIGMA_M = 2.5
 CORRELATED = 8.0
 """Errors of neighbouring points are alike, and depth has some of its own: variances are so many
 times those that the points' misses alone would give. Drawn towns with exact depth ask for 4."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What is known of the matched patches in one of the two images."""
-
-    camera: Camera
-    picture: bytes
-    """The small JPEG that is kept of a keyframe."""
-    centres: NDArray[np.float32]
-    """(M, 2) fractions of the image's width and height."""
-    depth: NDArray[np.float16] | None
-    """(M,) metres along the optical axis; 0 where not known. None: without depth."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +66,17 @@ def measure_way(
     epipolar
         What the matches alone say.
     tolerance
-        Of it: largest distance to the epipolar line, in the unit of rays.
+        Largest distance to an epipolar line, in the unit of rays.
     """
     for seen, other in ((match, query), (query, match)):
         if seen.depth is None:
             continue
         centres, found = find_again(seen.picture, seen.centres, other.picture, other.centres)
-        # Found again to a pixel or two, points may be held to more than patches.
         fit = fit_metric_pose(
             other.camera.rays(centres),
             seen.camera.rays(seen.centres),
             np.where(found, seen.depth, 0),
-            tolerance / 2,
+            LOOSER * tolerance,
         )
         if fit is None:
             continue
@@ -187,10 +171,3 @@ def _covariance(
     errors = points[:, :2] / z[:, None] - seen
     variance = (errors**2).sum() / max(errors.size - 6, 1)
     return np.asarray(np.linalg.pinv(slopes.T @ slopes) * CORRELATED * variance)
-
-
-def cross(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, 3, 3) matrices that multiply by vectors (N, 3) as the cross product does."""
-    x, y, z = vectors.T
-    zero = np.zeros_like(x)
-    return np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=1).reshape(-1, 3, 3)

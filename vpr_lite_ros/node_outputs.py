@@ -153,14 +153,14 @@ class Outputs:
     def _publish_match_image(self, decision: Decision, image: Image) -> None:
         closure = decision.closure
         assert closure is not None and closure.matches is not None
-        assert decision.description is not None
+        assert closure.points is not None and decision.description is not None
         with self._lock:
             keyframe = self._database.thumbnail(closure.keyframe.id)
         picture = draw_matches(
             image,
             keyframe,
             decision.description.centres[closure.matches.query],
-            closure.keyframe.centres[closure.matches.candidate],
+            closure.points,
             closure.fit.inliers if closure.fit else None,
         )
         message = ImageMessage(

@@ -1,14 +1,26 @@
 """Matches of patches to a fraction of a pixel, by correlation of the two small pictures.
 
-Patches lie 16 px apart, so that their matches are off by half of that, and neighbours alike: good
-enough to recognise a place, not to measure a way.
+Between patches 16 px apart a point is found to some 3 px, and neighbours are off alike: good enough
+to recognise a place, not to measure a way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from vpr_lite_ros.matching import (
+    DIRECTION_SIGMA,
+    Camera,
+    EpipolarFit,
+    cross,
+    epipolar_distance,
+    fit_epipolar,
+    fit_rotation,
+)
 
 HALF = 6
 """Pixels of the small picture from the centre of a template to its edge ..."""
@@ -17,11 +29,173 @@ SEARCH = 12
 MIN_CORRELATION = 0.6
 _FLAT = 2.0
 """Deviation of grey levels below which there is nothing to correlate."""
+MIN_POINTS = 12
+"""Fewer points that agree could agree by chance."""
+MIN_OF_MOTION = 40
+"""The same without depth: motions that fewer points agree on are often wrong."""
+MIN_SHARE = 0.5
+"""Of the points that were found again, this share must agree."""
+CORRELATED = 8.0
+"""Errors of neighbouring points are alike: variances are so many times those that the points'
+misses alone would give."""
+ROTATION_FLOOR, DIRECTION_FLOOR = 0.03, 0.1
+"""Radians about each axis that are added to what the misses say: intrinsics, where the camera sits,
+and when the images were taken are off by as much, and all closures of a revisit alike."""
+TURN_SIGMA = 0.03
+"""Radians about each axis, of a rotation that was fitted alone."""
+_STARTS = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 0, -1]]) / np.array(
+    [[1], [1], [2**0.5], [2**0.5]]
+)
+"""Directions on the ground that the motion is looked for around, beside RANSAC's."""
+_ROUNDS = 8
+_STEP = 1e-5
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of the matched patches in one of two images."""
+
+    camera: Camera
+    picture: bytes
+    """The small JPEG that is kept of a keyframe."""
+    centres: NDArray[np.floating]
+    """(M, 2) fractions of the image's width and height."""
+    depth: NDArray[np.float16] | None = None
+    """(M,) metres along the optical axis; 0 where not known. None: without depth."""
+
+
+def refine_motion(query: View, match: View, tolerance: float) -> EpipolarFit | None:
+    """The motion between two cameras once more, from what correlation finds again in the pictures.
+
+    None if too little is found, or too little of it agrees: by night, or on bare walls.
+
+    Parameters
+    ----------
+    tolerance
+        Largest distance to the epipolar line, in the unit of rays.
+
+    Returns
+    -------
+    With its covariance; inliers (M,) are among the points that were found again. The direction is
+    zero where it cannot be told to ``DIRECTION_SIGMA``.
+    """
+    centres, found = find_again(query.picture, query.centres, match.picture, match.centres)
+    if np.count_nonzero(found) < MIN_OF_MOTION:
+        return None
+    query_rays, match_rays = (
+        query.camera.rays(query.centres[found]),
+        match.camera.rays(centres[found]),
+    )
+    fit = fit_epipolar(query_rays, match_rays, tolerance)
+    enough = max(MIN_OF_MOTION, MIN_SHARE * np.count_nonzero(found))
+    if fit is None or np.count_nonzero(fit.inliers) < enough:
+        return None
+    polished = _best_of_several(fit, query_rays, match_rays, tolerance)
+    if np.count_nonzero(polished.inliers) < enough:
+        return None
+    inliers = np.zeros(len(found), np.bool_)
+    inliers[found] = polished.inliers
+    known = polished.covariance
+    if known is None or np.trace(known[:3, :3]) > 2 * DIRECTION_SIGMA**2:
+        covariance = np.diag([0.0] * 3 + [TURN_SIGMA**2] * 3)
+        return EpipolarFit(inliers, polished.rotation, np.zeros(3), covariance)
+    return replace(polished, inliers=inliers)
+
+
+def _best_of_several(
+    fit: EpipolarFit,
+    query_rays: NDArray[np.float64],
+    match_rays: NDArray[np.float64],
+    tolerance: float,
+) -> EpipolarFit:
+    """The motion that the points agree with best, and how far others that do nearly as well lie.
+
+    Fronts of houses are planes, and what is seen of a plane can come from two motions.
+    """
+    if not fit.direction.any():
+        return fit
+    turn = fit_rotation(query_rays, match_rays, tolerance) or fit
+    others = [replace(turn, direction=start) for start in _STARTS]
+    found = []
+    for start in (fit, *others):
+        one = _polish(start, query_rays, match_rays, tolerance)
+        miss = epipolar_distance(
+            cross(one.direction[None])[0] @ one.rotation, match_rays, query_rays
+        )
+        cost = float(np.log1p((2 * miss / tolerance) ** 2).sum())
+        found.append((cost, _facing(one, query_rays, match_rays)))
+    least, best = min(found, key=lambda pair: pair[0])
+    assert best.covariance is not None
+    apart, weights = [], []
+    for cost, one in found:
+        turn = cv2.Rodrigues(one.rotation @ best.rotation.T)[0].ravel()
+        apart.append(np.concatenate([one.direction - best.direction, turn]))
+        weights.append(np.exp((least - cost) / CORRELATED))
+    spread = np.einsum("n,ni,nj->ij", np.array(weights) / sum(weights), apart, apart)
+    return replace(best, covariance=best.covariance + spread)
+
+
+def _facing(
+    fit: EpipolarFit, query_rays: NDArray[np.float64], match_rays: NDArray[np.float64]
+) -> EpipolarFit:
+    """``fit``, or the same with the opposite direction, if that puts more points before both
+    cameras: epipolar lines do not tell the two apart."""
+    one = np.ones((len(query_rays), 1))
+    turned = np.hstack([match_rays, one]) @ fit.rotation.T
+    seen = np.hstack([query_rays, one])
+    across = np.cross(seen, turned)
+    depth = -(across * np.cross(seen, fit.direction)).sum(axis=1) / (across**2).sum(axis=1)
+    before = (depth > 0) & (depth * turned[:, 2] + fit.direction[2] > 0)
+    behind = (depth < 0) & (depth * turned[:, 2] + fit.direction[2] < 0)
+    more = np.count_nonzero(before & fit.inliers) >= np.count_nonzero(behind & fit.inliers)
+    return fit if more else replace(fit, direction=-fit.direction)
+
+
+def _polish(
+    fit: EpipolarFit,
+    query_rays: NDArray[np.float64],
+    match_rays: NDArray[np.float64],
+    tolerance: float,
+) -> EpipolarFit:
+    """Least squares of the distances to the epipolar lines: five numbers, far ones counting less.
+
+    RANSAC's best motion goes through five points; this one goes between all that agree.
+    """
+    rotation, direction = fit.rotation, fit.direction
+
+    def moved(step: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        there = direction + across @ step[:2]
+        return cv2.Rodrigues(step[2:])[0] @ rotation, there / np.linalg.norm(there)
+
+    def misses(step: NDArray[np.float64]) -> NDArray[np.float64]:
+        turn, there = moved(step)
+        return epipolar_distance(cross(there[None])[0] @ turn, match_rays, query_rays)
+
+    covariance = np.eye(6)
+    for _ in range(_ROUNDS):
+        across = np.linalg.svd(direction[None])[2][1:].T
+        miss = misses(np.zeros(5))
+        near = np.abs(miss) <= tolerance
+        if not near.any():
+            break
+        slopes = np.stack(
+            [(misses(step) - misses(-step)) / (2 * _STEP) for step in np.eye(5) * _STEP], axis=1
+        )[near]
+        scale = 1.4826 * float(np.median(np.abs(miss[near]))) + 1e-9
+        weights = 1 / (1 + (miss[near] / (2 * scale)) ** 2)
+        inverse = np.linalg.pinv(slopes.T @ (weights[:, None] * slopes))
+        spread = np.zeros((6, 5))
+        spread[:3, :2], spread[3:, 2:] = across, np.eye(3)
+        covariance = spread @ inverse @ spread.T * CORRELATED * scale**2
+        covariance[:3, :3] += DIRECTION_FLOOR**2 * across @ across.T
+        covariance[3:, 3:] += ROTATION_FLOOR**2 * np.eye(3)
+        rotation, direction = moved(-inverse @ slopes.T @ (weights * miss[near]))
+    return EpipolarFit(near, rotation, direction, covariance)
 
 
 def find_again(
-    one: bytes, points: NDArray[np.float32], other: bytes, near: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    one: bytes, points: NDArray[np.floating], other: bytes, near: NDArray[np.floating]
+) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
     """Where the points of one picture are in another one of the same place.
 
     Parameters

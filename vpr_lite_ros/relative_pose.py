@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.matching import EpipolarFit
-from vpr_lite_ros.metric_pose import MetricFit, cross
+from vpr_lite_ros.matching import DIRECTION_SIGMA, ROTATION_SIGMA, EpipolarFit, cross
+from vpr_lite_ros.metric_pose import MetricFit
 
-ROTATION_SIGMA = 0.1
-"""Radians: patches lie 16 px apart, so a rotation from them is good to some degrees."""
 UNKNOWN_VARIANCE = 1e6
 """Metres² and radians²: says nothing."""
+PLACE_M = 5.0
+"""Metres that two images of one place may lie apart: a direction that is off by an angle puts the
+match this many times that to the side."""
 UNKNOWN_ARM_M = 1.0
 """How far the camera may sit from the body's origin, along each axis, where nobody says."""
 
@@ -69,11 +70,21 @@ def relative_pose_of(
     if fit is None:
         return RelativePose()
     x, y, z = (float(value) for value in mount.rotation @ fit.direction)
+    if fit.covariance is None:
+        covariance = np.diag([DIRECTION_SIGMA**2] * 3 + [ROTATION_SIGMA**2] * 3)
+    else:
+        change = np.kron(np.eye(2), mount.rotation)
+        covariance = change @ fit.covariance @ change.T
+    covariance[:3] *= PLACE_M
+    covariance[:, :3] *= PLACE_M
+    # The way's length is not known; without a direction, nothing of the way is.
+    unknown = np.outer((x, y, z), (x, y, z)) if fit.direction.any() else np.eye(3)
+    covariance[:3, :3] += UNKNOWN_VARIANCE * unknown
     return RelativePose(
         PoseType.ROTATION_AND_DIRECTION if fit.direction.any() else PoseType.ROTATION,
         (x, y, z),
         quaternion(mount.rotation @ fit.rotation @ mount.rotation.T),
-        np.diag([UNKNOWN_VARIANCE] * 3 + [ROTATION_SIGMA**2] * 3),
+        covariance,
     )
 
 

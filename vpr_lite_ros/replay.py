@@ -64,7 +64,7 @@ CLOSURE_FIELDS = (
 name of a match are empty where it is a keyframe of another session, confidence where the model
 is not calibrated. The last eight say where the body was at the match in the frame of the body at
 the query, as ``LoopClosure.msg`` does, of a camera that looks forward; empty where not known.
-``closures.jsonl`` also has ``covariance``, 36 numbers row by row, of METRIC poses."""
+``closures.jsonl`` also has ``covariance``, 36 numbers row by row."""
 
 DECIMALS = 6
 
@@ -299,14 +299,13 @@ def _records(run: Run, number: int, decision: Decision) -> list[Record]:
 
 
 def _relative_pose(candidate: Candidate) -> Record:
-    known = relative_pose_of(candidate.fit, candidate.metric)
+    known = relative_pose_of(candidate.motion, candidate.metric)
     if known.pose_type is PoseType.NONE:
         return {"pose_type": known.pose_type.name}
     values = dict(zip(("x", "y", "z"), known.translation, strict=True))
     values |= dict(zip(("qx", "qy", "qz", "qw"), known.quaternion, strict=True))
     pose: Record = {name: round(value, DECIMALS) for name, value in values.items()}
-    if known.pose_type is PoseType.METRIC:
-        pose["covariance"] = [float(f"{value:.6g}") for value in known.covariance.ravel()]
+    pose["covariance"] = [float(f"{value:.12g}") for value in known.covariance.ravel()]
     return {"pose_type": known.pose_type.name} | pose
 
 

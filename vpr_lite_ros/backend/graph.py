@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.database import Pose
-from vpr_lite_ros.relative_pose import ROTATION_SIGMA, PoseType
+from vpr_lite_ros.matching import DIRECTION_SIGMA, ROTATION_SIGMA
+from vpr_lite_ros.relative_pose import PLACE_M, PoseType
 
 MAX_WAITING = 1000
 """Closures that may wait for their odometry."""
@@ -47,10 +48,8 @@ class Noise:
     """Metres per square root of a metre driven: 3 m after a kilometre."""
     odometry_turning: float = 0.02
     """Of the angle turned, added to the rotation."""
-    place_m: float = 5.0
+    place_m: float = PLACE_M
     """Metres between the two poses of a closure, where the closure does not say."""
-    direction_rad: float = 0.7
-    """Of a closure's direction: patches are coarse, and the way between is short."""
     kernel: float = 1.0
     """Standard deviations from which a closure counts less and less (Cauchy)."""
 
@@ -68,10 +67,13 @@ class Closure:
     quaternion: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 1.0)
     """x y z w, likewise."""
     covariance: NDArray[np.float64] = field(
-        default_factory=lambda: np.diag([1e6] * 3 + [ROTATION_SIGMA**2] * 3)
+        default_factory=lambda: np.diag(
+            [(PLACE_M * DIRECTION_SIGMA) ** 2] * 3 + [ROTATION_SIGMA**2] * 3
+        )
     )
     """(6, 6) over x y z and rotations about x y z of the query's body frame, metres², radians².
-    The translation's part is read of METRIC alone, the rotation's of all but NONE."""
+    The translation's part is read of METRIC and, across the direction, of
+    ROTATION_AND_DIRECTION; the rotation's of all but NONE."""
     other_session: bool = False
     """The match was taken in another session, or by another robot: this trajectory has no pose of
     it."""
@@ -443,9 +445,14 @@ def _measured(closure: Closure, noise: Noise) -> tuple[gtsam.Pose3, NDArray[np.f
         # Somewhere on the ray that starts at the query: half way out, give or take as much.
         along = translation / max(float(np.linalg.norm(translation)), 1e-9)
         translation = along * noise.place_m / 2
-        across = noise.place_m * noise.direction_rad
-        covariance[:3, :3] = across**2 * np.eye(3)
-        covariance[:3, :3] += ((noise.place_m / 2) ** 2 - across**2) * np.outer(along, along)
+        aside = np.kron(np.diag([1.0, 0.0]), np.eye(3) - np.outer(along, along))
+        aside[3:, 3:] = np.eye(3)
+        covariance = aside @ closure.covariance @ aside.T
+        if np.trace(covariance[:3, :3]) > 2 * noise.place_m**2:
+            # Whoever made it says nothing of it: it is one place all the same.
+            covariance[:3] = covariance[:, :3] = 0.0
+            covariance[:3, :3] = noise.place_m**2 * aside[:3, :3]
+        covariance[:3, :3] += (noise.place_m / 2) ** 2 * np.outer(along, along)
     elif closure.pose_type is PoseType.ROTATION:
         # Too near, beside what is seen, to tell a direction.
         translation = np.zeros(3)

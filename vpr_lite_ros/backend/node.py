@@ -37,7 +37,6 @@ NOISE_HELP = {
     "odometry_translation": "Drift of the odometry's position, metres per square root of a metre.",
     "odometry_turning": "Error of a turn on the spot, as a share of its angle.",
     "place_m": "Metres between two images of one place, where a closure does not say.",
-    "direction_rad": "Error of a closure's direction, radians.",
     "kernel": "Standard deviations from which a closure counts less and less.",
 }
 """Parameters of the node; standard deviations."""

@@ -265,7 +265,7 @@ def _to_closure(fields: dict[str, Any]) -> Closure:
     x, y, z = (float(fields[name]) for name in ("x", "y", "z"))
     qx, qy, qz, qw = (float(fields[name]) for name in ("qx", "qy", "qz", "qw"))
     closure = replace(closure, translation=(x, y, z), quaternion=(qx, qy, qz, qw))
-    if kind is not PoseType.METRIC:
+    if kind is not PoseType.METRIC and "covariance" not in fields:  # of a release before
         return closure
     covariance = np.array(fields["covariance"], np.float64).reshape(6, 6)
     return replace(closure, covariance=covariance)

@@ -36,7 +36,7 @@ BINS = 40
 CURVE_POINTS = 1000
 NOT_PROPOSED = "NOT_PROPOSED"
 """Why a keyframe was missed: retrieval did not bring a true candidate."""
-STAGES = ("resize", "place", "search", "match", "verify", "store")
+STAGES = ("resize", "place", "search", "match", "verify", "refine", "store")
 STORED_OUTCOMES = {NONE: "none", TRUE: "true", FALSE: "false", UNJUDGED: "unjudged"}
 
 

@@ -163,12 +163,12 @@ def _drawn(
     )
     candidate: Candidate = detector.examine(description, [(match_id, 0.0)], recording.camera)[0]
     picture = cv2.imdecode(np.frombuffer(database.thumbnail(query_id), np.uint8), cv2.IMREAD_COLOR)
-    assert candidate.matches is not None
+    assert candidate.matches is not None and candidate.points is not None
     drawn = draw_matches(
         cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).astype(np.uint8),
         database.thumbnail(match_id),
         keyframe.centres[candidate.matches.query],
-        candidate.keyframe.centres[candidate.matches.candidate],
+        candidate.points,
         candidate.fit.inliers if candidate.fit else None,
     )
     _, data = cv2.imencode(

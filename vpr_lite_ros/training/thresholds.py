@@ -17,7 +17,7 @@ from vpr_lite_ros.config import Config
 from vpr_lite_ros.datasets import PlaceDataset, load_dataset
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
-from vpr_lite_ros.matching import Camera, fit_epipolar, mutual_matches
+from vpr_lite_ros.matching import Camera, fit_epipolar, meeting_points, mutual_matches
 from vpr_lite_ros.training.augment import distort
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import read_rgb
@@ -105,9 +105,10 @@ def _count_inliers(
     matrix = (focal, 0.0, width / 2, 0.0, focal, height / 2, 0.0, 0.0, 1.0)
     camera = Camera(width, height, matrix)
     matches = mutual_matches(assignment)
+    points = meeting_points(assignment, matches, query.centres, candidate.centres, (width, height))
     motion = fit_epipolar(
         camera.rays(query.centres[matches.query]),
-        camera.rays(candidate.centres[matches.candidate]),
+        camera.rays(points),
         Config().epipolar_tolerance_px * camera.radians_per_pixel(width),
     )
     return int(motion.inliers.sum()) if motion else 0
