@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 from vpr_lite_ros.depth import sample_depth
 from vpr_lite_ros.image import thumbnail
 from vpr_lite_ros.matching import Camera, EpipolarFit, fit_epipolar
-from vpr_lite_ros.metric_pose import CORRELATED, MetricFit, fit_metric_pose, measure_way
-from vpr_lite_ros.refinement import TURN_SIGMA, View, find_again, refine_motion
+from vpr_lite_ros.metric_pose import MetricFit, fit_metric_pose, measure_way
+from vpr_lite_ros.refinement import (
+    CORRELATED,
+    ROTATION_FLOOR,
+    View,
+    find_again,
+    refine_motion,
+)
 from vpr_lite_ros.relative_pose import (
     OPTICAL_IN_BODY,
     UNKNOWN_ARM_M,
@@ -220,7 +226,7 @@ def test_a_turn_is_refined_by_the_pictures(make_picture: MakePicture) -> None:
     assert off(by_patches) > 0.008 and off(refined) < 0.003
     known = relative_pose_of(refined)
     assert known.pose_type is PoseType.ROTATION
-    np.testing.assert_allclose(np.diag(known.covariance), [1e6] * 3 + [TURN_SIGMA**2] * 3)
+    np.testing.assert_allclose(np.diag(known.covariance), [1e6] * 3 + [ROTATION_FLOOR**2] * 3)
     # Every inlier was found again, and what was not found is none.
     few = replace(
         match,

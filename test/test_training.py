@@ -613,6 +613,33 @@ def test_folded_training_goes_on_where_a_bundle_ends(
     assert torch.equal(place.vlad.centroids, trained.part("vlad")["centroids"])
 
 
+@pytest.mark.parametrize("from_bundle", [False, True])
+def test_what_follows_distilling_finds_clusters_of_its_own(
+    recipe: dict[str, Any],
+    tiny_bundle: Path,
+    data_dir: Path,
+    pictures: Path,
+    tmp_path: Path,
+    from_bundle: bool,
+) -> None:
+    recipe.pop("triplet")
+    recipe["views"] |= {"steps": 1, "learning_rate": 1e-9}
+    recipe["distil"] = {
+        "images": [str(pictures)],
+        "teachers": str(data_dir / "teachers"),
+        "steps": 1,
+        "batch": 2,
+        "size": 64,
+        "workers": 0,
+    }
+    path = write_recipe(recipe, tmp_path / "recipe.yaml")
+    train_place(path, tiny_bundle if from_bundle else None)
+    found = read_checkpoint(tmp_path / "out" / "views.safetensors").part("vlad")["centroids"]
+    before = read_clusters(tiny_bundle)["centroids"]
+    assert found.shape == (4, RepVGGLite.width)
+    assert found.shape != before.shape or (found - before).abs().max() > 1e-2
+
+
 def test_a_bundle_is_fitted_to_other_images(
     recipe: dict[str, Any], tiny_bundle: Path, pictures: Path, places: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.matching import EpipolarFit, cross
-from vpr_lite_ros.refinement import MIN_POINTS, MIN_SHARE, View, find_again
+from vpr_lite_ros.refinement import CORRELATED, MIN_POINTS, MIN_SHARE, View, find_again
 
 LOOSER = 4 / 3
 """A projected point may miss this many times as far as an epipolar line: depth errs, too."""
@@ -24,9 +24,6 @@ MAX_TURN = 0.5
 it at most where it is right."""
 MAX_SIGMA_M = 2.5
 """A pose that is less sure says no more than that the place is the same."""
-CORRELATED = 8.0
-"""Errors of neighbouring points are alike, and depth has some of its own: variances are so many
-times those that the points' misses alone would give. Drawn towns with exact depth ask for 4."""
 
 
 @dataclass(frozen=True)

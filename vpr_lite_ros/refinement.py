@@ -1,4 +1,5 @@
-"""Matches of patches to a fraction of a pixel, by correlation of the two small pictures.
+"""Matches of patches to a fraction of a pixel, by correlation of the two small pictures, and the
+motion between the two cameras that follows from them.
 
 Between patches 16 px apart a point is found to some 3 px, and neighbours are off alike: good enough
 to recognise a place, not to measure a way.
@@ -36,13 +37,11 @@ MIN_OF_MOTION = 40
 MIN_SHARE = 0.5
 """Of the points that were found again, this share must agree."""
 CORRELATED = 8.0
-"""Errors of neighbouring points are alike: variances are so many times those that the points'
-misses alone would give."""
+"""Errors of neighbouring points are alike, and depth has some of its own: variances are so many
+times those that the points' misses alone would give. Drawn towns with exact depth ask for 4."""
 ROTATION_FLOOR, DIRECTION_FLOOR = 0.03, 0.1
 """Radians about each axis that are added to what the misses say: intrinsics, where the camera sits,
 and when the images were taken are off by as much, and all closures of a revisit alike."""
-TURN_SIGMA = 0.03
-"""Radians about each axis, of a rotation that was fitted alone."""
 _STARTS = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 0, -1]]) / np.array(
     [[1], [1], [2**0.5], [2**0.5]]
 )
@@ -97,7 +96,7 @@ def refine_motion(query: View, match: View, tolerance: float) -> EpipolarFit | N
     inliers[found] = polished.inliers
     known = polished.covariance
     if known is None or np.trace(known[:3, :3]) > 2 * DIRECTION_SIGMA**2:
-        covariance = np.diag([0.0] * 3 + [TURN_SIGMA**2] * 3)
+        covariance = np.diag([0.0] * 3 + [ROTATION_FLOOR**2] * 3)
         return EpipolarFit(inliers, polished.rotation, np.zeros(3), covariance)
     return replace(polished, inliers=inliers)
 
@@ -144,7 +143,9 @@ def _facing(
     turned = np.hstack([match_rays, one]) @ fit.rotation.T
     seen = np.hstack([query_rays, one])
     across = np.cross(seen, turned)
-    depth = -(across * np.cross(seen, fit.direction)).sum(axis=1) / (across**2).sum(axis=1)
+    depth = -(across * np.cross(seen, fit.direction)).sum(axis=1) / np.maximum(
+        (across**2).sum(axis=1), 1e-12
+    )
     before = (depth > 0) & (depth * turned[:, 2] + fit.direction[2] > 0)
     behind = (depth < 0) & (depth * turned[:, 2] + fit.direction[2] < 0)
     more = np.count_nonzero(before & fit.inliers) >= np.count_nonzero(behind & fit.inliers)

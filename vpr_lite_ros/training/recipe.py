@@ -213,8 +213,8 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
         if backbone_file:
             load_pretrained(backbone, backbone_file)
             moves = recipe.distil or recipe.views
-            if backbone_file.is_dir() and moves and not getattr(moves, "folded", False):
-                # Triplets leave batch norm as it is.
+            # Triplets leave batch norm as it is.
+            if backbone_file.is_dir() and moves and not _is_folded(moves):
                 restore_statistics(backbone, _stage(moves, backbone, on).batches()[2**40][0])
         last, vlad = output, clusters
         for name, config in (
@@ -231,14 +231,19 @@ def train_place(path: Path, backbone_file: Path | None = None) -> Path:
                 stage = _stage(config, backbone, on, vlad)
                 done = read_checkpoint(train(stage, config, last, on))
             weights = done.part("backbone")
-            if isinstance(config, ViewsConfig) and config.folded:
+            if _is_folded(config):
                 weights = unfolded(weights)
             backbone.load_state_dict(weights, strict=True)
-            vlad = done.part("vlad")
+            # What distilling leaves has none: the clusters before it are of other features.
+            vlad = done.part("vlad") or None
     # The other processes have nothing left to wait for.
     if not recipe.fit or on.rank > 0:
         return last
     return fit_bundle(recipe, backbone.cpu(), vlad, began_with)
+
+
+def _is_folded(config: Schedule) -> bool:
+    return isinstance(config, ViewsConfig) and config.folded
 
 
 def _stage(
