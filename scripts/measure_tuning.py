@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vpr_lite_ros.calibration import features
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.evaluation import RadiusTruth
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, load_bundle, open_model
@@ -122,10 +123,11 @@ def draw_long(folder: Path, count: int) -> Truth:
                     similarity = float(rng.normal(0.6 if true else 0.3, 0.1))
                     score = float(np.clip(rng.normal(0.35 if true else 0.08, 0.05), 0.001, 1))
                     agreement = int(rng.poisson(60 if true else 8))
-                    values = [similarity, float(np.log(score)), float(np.log1p(agreement))]
+                    values = features(similarity, score, agreement, agreement // 2, 0.0)
                     candidates.append(
                         [match + 1, round(similarity, 6), round(score, 6), 2 * agreement,
-                         agreement, agreement, curve.confidence(values), 1, None, None]
+                         agreement, agreement, agreement // 2, curve.confidence(values), 1,
+                         None, None]
                     )  # fmt: skip
             line = {
                 "frame": keyframe, "stamp_ns": keyframe * 10**9, "name": f"{keyframe:06}.jpg",

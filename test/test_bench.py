@@ -28,7 +28,7 @@ def test_each_backend_that_is_here_is_timed(
     report = json.loads(output.read_text())
     assert {"openvino", "onnxruntime"} <= set(report["backends"])
     for found in report["backends"].values():
-        names = {"resize", "describe", "match 1", "match 4", "decode 4", "total"}
+        names = {"resize", "describe", "match 1", "match 4", "verify 4", "total"}
         assert set(found["stages"]) == names
         for one in found["stages"].values():
             assert 0 < one["p50"] <= one["p95"] <= one["p99"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_the_file_keeps_to_its_bytes_and_uses_them_again(open_database: Open, pa
     database = open_database(max_patches=500, max_bytes=limit)
     sizes = []
     for i in range(300):
-        database.add(i * SECOND, describe(i, 500), thumbnail=bytes(3000))
+        database.add(i * SECOND, replace(describe(i, 500), picture=bytes(3000)))
         sizes.append(len(database))
     database.save()
     assert path.stat().st_size <= limit

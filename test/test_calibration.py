@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from vpr_lite_ros.benchmarks import Benchmark, ListedImages, find_benchmarks
 from vpr_lite_ros.calibration import (
     FEATURES,
     LASTING,
+    MOST_SUPPORT,
     NEUTRAL,
     Calibration,
     Curve,
@@ -37,16 +40,17 @@ from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
 from vpr_lite_ros.detector import Candidate, LoopDetector, features_of, sureness
 from vpr_lite_ros.evaluation import PairTruth
-from vpr_lite_ros.inference import CARD, BundleError, PlaceModel, open_model
+from vpr_lite_ros.inference import CARD, DEFAULT_BUNDLE, BundleError, PlaceModel, open_model
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.measurement import OPEN, Answer, Found, detect, evaluate, look_up
+from vpr_lite_ros.simulation import simulate_drive
 
 Image = NDArray[np.uint8]
 MakePicture = Callable[..., Image]
 
 PRECISION = ((0.9, 0.2), (0.99, 0.6), (1.0, 0.8))
-CURVE = Curve(-1.0, (2.0, 0.5, 1.5), PRECISION)
-PLAIN = Curve(1.0, (3.0, 0.0, 0.0), PRECISION)
+CURVE = Curve(-1.0, (2.0, 0.5, 1.5, 0.75, -4.0), PRECISION)
+PLAIN = Curve(1.0, (3.0, 0.0, 0.0, 0.0, 0.0), PRECISION)
 
 
 def sequential(confidence: float, before: float) -> float:
@@ -57,15 +61,24 @@ def sequential(confidence: float, before: float) -> float:
 
 
 def test_confidence_by_hand() -> None:
-    values = features(0.5, math.exp(-2), 0)
-    assert values == pytest.approx([0.5, -2.0, 0.0])
+    values = features(0.5, math.exp(-2), 0, 0, 0.0)
+    assert values == pytest.approx([0.5, -2.0, 0.0, 0.0, 0.0])
     assert CURVE.confidence(values) == pytest.approx(1 / (1 + math.exp(1.0)))
-    assert CURVE.confidence(features(0.5, math.exp(-2), 19)) == pytest.approx(
+    assert CURVE.confidence(features(0.5, math.exp(-2), 19, 0, 0.0)) == pytest.approx(
         1 / (1 + 20**-1.5 * math.exp(1.0))
     )
-    assert PLAIN.confidence(features(-1 / 3, 0.1, 500)) == pytest.approx(0.5)
-    assert math.isfinite(features(0.0, 0.0, 0)[1])
-    assert Curve(1e9, (0.0, 0.0, 0.0), PRECISION).confidence(values) == pytest.approx(1.0)
+    assert CURVE.confidence(features(0.5, math.exp(-2), 0, 99, 0.0)) == pytest.approx(
+        1 / (1 + 100**-0.75 * math.exp(1.0))
+    )
+    # Nearer and farther are the same, and much nearer is no more than nearer.
+    for zoom in (0.25, -0.25):
+        assert CURVE.confidence(features(0.5, math.exp(-2), 0, 0, zoom)) == pytest.approx(
+            1 / (1 + math.exp(2.0))
+        )
+    assert features(0.5, 0.1, 0, 0, -0.31) == features(0.5, 0.1, 0, 0, 7.0)
+    assert PLAIN.confidence(features(-1 / 3, 0.1, 500, 500, 0.3)) == pytest.approx(0.5)
+    assert math.isfinite(features(0.0, 0.0, 0, 0, 0.0)[1])
+    assert Curve(1e9, (0.0,) * 5, PRECISION).confidence(values) == pytest.approx(1.0)
 
 
 def test_a_target_picks_the_threshold_that_reaches_it() -> None:
@@ -151,7 +164,9 @@ def calibrated(tiny_model: PlaceModel, tmp_path: Path) -> Iterator[Callable[...,
 def test_too_little_confidence_is_said(
     calibrated: Callable[..., LoopDetector], make_picture: MakePicture
 ) -> None:
-    detector = calibrated(Curve(-40.0, (50.0, 0.0, 0.0), PRECISION), target_precision=0.99)
+    detector = calibrated(
+        Curve(-40.0, (50.0, 0.0, 0.0, 0.0, 0.0), PRECISION), target_precision=0.99
+    )
     for number in range(3):
         detector.process(make_picture(number), number * 10**9)
     again = (make_picture(1) * 0.9 + 5).astype(np.uint8)
@@ -162,7 +177,7 @@ def test_too_little_confidence_is_said(
     assert {one.status for one in others} == {Status.LOW_CONFIDENCE}
     assert all(one.confidence < 0.6 for one in others)
     # Whoever asks for less gets more.
-    lax = calibrated(Curve(-40.0, (50.0, 0.0, 0.0), PRECISION), target_precision=0)
+    lax = calibrated(Curve(-40.0, (50.0, 0.0, 0.0, 0.0, 0.0), PRECISION), target_precision=0)
     statuses = [one.status for one in lax.query(again).candidates]
     assert Status.LOW_CONFIDENCE not in statuses
 
@@ -171,7 +186,7 @@ def test_a_place_that_is_not_sure_enough_may_be_at_the_next_keyframe(
     calibrated: Callable[..., LoopDetector], make_picture: MakePicture
 ) -> None:
     detector = calibrated(
-        Curve(math.log(0.4 / 0.6), (0.0, 0.0, 0.0), PRECISION),
+        Curve(math.log(0.4 / 0.6), (0.0,) * 5, PRECISION),
         target_precision=0.99,  # 0.6
         min_time_gap_s=5.0,
     )
@@ -199,10 +214,10 @@ def test_the_surest_candidate_wins_not_the_best_score(
 ) -> None:
     pictures = [make_picture(0), make_picture(1)]
     mixed = cv2.addWeighted(pictures[0], 0.7, pictures[1], 0.3, 0)
-    by_similarity = calibrated(Curve(0.0, (5.0, 0.0, 0.0), PRECISION))
+    by_similarity = calibrated(Curve(0.0, (5.0, 0.0, 0.0, 0.0, 0.0), PRECISION))
     for number, picture in enumerate(pictures):
         by_similarity.process(picture, number * 10**9)
-    upside_down = calibrated(Curve(0.0, (-5.0, 0.0, 0.0), PRECISION))
+    upside_down = calibrated(Curve(0.0, (-5.0, 0.0, 0.0, 0.0, 0.0), PRECISION))
     first, second = (one.query(mixed).closure for one in (by_similarity, upside_down))
     assert first is not None and second is not None
     assert (first.keyframe.id, second.keyframe.id) == (1, 2)
@@ -221,9 +236,50 @@ def test_matches_agree_with_a_camera_or_else_with_a_plane(
         assert candidate.num_matches >= 10
         assert candidate.agreement >= (0.8 if known else 1) * candidate.num_matches
         assert candidate.num_inliers == (candidate.agreement if known else 0)
+        assert candidate.zoom == pytest.approx(0.0, abs=0.02)
         curve = CURVE if known else PLAIN
         assert candidate.confidence == curve.confidence(features_of(candidate))
         detector.database.reset()
+
+
+def test_whether_the_pictures_correlate_counts(
+    calibrated: Callable[..., LoopDetector], make_picture: MakePicture
+) -> None:
+    """The same place, then another one; then the keyframe's picture is gone."""
+    by_pictures = Curve(-3.0, (0.0, 0.0, 0.0, 1.0, 0.0), PRECISION)
+    detector = calibrated(by_pictures)
+    picture = cv2.resize(make_picture(1), (640, 512))
+    detector.process(picture, 10**9)
+    (same,) = detector.query(picture, top_k=1).candidates
+    assert same.found is not None and same.num_correlated > 0.7 * same.num_matches >= 7
+    (other,) = detector.query(cv2.resize(make_picture(2), (640, 512)), top_k=1).candidates
+    assert other.num_correlated < 0.5 * same.num_correlated
+    assert other.confidence < same.confidence == by_pictures.confidence(features_of(same))
+    with sqlite3.connect(str(detector.database.path)) as file:
+        file.execute("UPDATE keyframes SET thumbnail = x'00'")
+    (gone,) = detector.query(picture, top_k=1).candidates
+    assert gone.num_correlated == 0 and gone.num_matches == same.num_matches
+
+
+def test_the_model_that_ships_tells_nearer_from_farther() -> None:
+    model = open_model(DEFAULT_BUNDLE)
+    (frame,) = simulate_drive(image_size=(640, 480)).part(40, 41).frames()
+    database = KeyframeDatabase(
+        "",
+        model_id=model.bundle.model_id,
+        dimension=model.bundle.dimension,
+        max_patches=model.bundle.max_patches,
+        session="one",
+    )
+    nearer = cv2.resize(frame.image[30:-30, 40:-40], (640, 480))
+    with closing(database):
+        detector = LoopDetector(make_config({**OPEN}), model, database)
+        detector.process(frame.image, 10**9)
+        same, larger = (detector.query(one).candidates[0] for one in (frame.image, nearer))
+    assert same.zoom == pytest.approx(0, abs=0.005)
+    assert larger.zoom == pytest.approx(math.log(640 / 560), abs=0.02)
+    assert same.num_correlated > 0.9 * same.num_matches > 200
+    assert larger.confidence_alone < same.confidence_alone
 
 
 def test_without_calibration_the_match_score_ranks() -> None:
@@ -270,6 +326,8 @@ def test_what_was_seen_before_makes_surer_and_fades() -> None:
     assert odds(sure) == pytest.approx(
         (odds(0.5) / odds(NEUTRAL)) ** (1 / (1 - LASTING)) * odds(NEUTRAL)
     )
+    # However sure the keyframes before were, an image that speaks against the place is heard.
+    assert odds(sequential(0.01, 1 - 1e-12)) == pytest.approx(odds(0.01) * math.exp(MOST_SUPPORT))
     assert math.isnan(sequential(math.nan, 0.5)) and 0 <= sequential(0.0, 1.0) <= 1
     assert sequential(1.0, 1.0) <= 1
 
@@ -409,6 +467,7 @@ def test_calibrating_a_bundle(own_model: PlaceModel, walks: Sequence[Benchmark])
     assert report["expected_calibration_error_alone"] < 0.35 and not report["epipolar_check"]
     # What one image after the other says of a walk is surer than what each says alone.
     found = list(look_up(walks[0], model, min_time_gap_s=8.0, examine=5))
+    assert any(candidate.num_correlated for one in found for candidate in one.candidates)
     alone = [one.reranked().score for one in found if one.candidates]
     grown = [answer.score for answer in detect(found, model, 1) if answer.matches]
     assert np.mean(grown) > np.mean(alone) + 0.01

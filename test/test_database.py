@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vpr_lite_ros.storage import SCHEMA_VERSION
 
 def test_keyframes_are_there_after_reopening(open_database: Open) -> None:
     database = open_database(robot_id=3)
-    first = database.add(5 * SECOND, describe(1), POSE, CAMERA, thumbnail=b"picture")
+    first = database.add(5 * SECOND, replace(describe(1), picture=b"picture"), POSE, CAMERA)
     second = database.add(6 * SECOND + 1, describe(2))
     assert len(database) == 2 and first != second
     database.close()

@@ -262,7 +262,7 @@ def written(open_database: Open, path: Path) -> list[int]:
     """Ids of twelve keyframes in the file of ``path``, which is closed."""
     database = open_database(max_patches=100)
     ids = [
-        database.add(i * SECOND, describe(i, 100), POSE, CAMERA, thumbnail=bytes([i]) * 900)
+        database.add(i * SECOND, replace(describe(i, 100), picture=bytes([i]) * 900), POSE, CAMERA)
         for i in range(12)
     ]
     database.close()

@@ -17,8 +17,10 @@ from vpr_lite_ros.matching import (
     Matches,
     Status,
     count_planar,
+    count_rigid,
     epipolar_distance,
     fit_epipolar,
+    log_zoom,
     meeting_points,
     mutual_matches,
 )
@@ -386,3 +388,65 @@ def test_matches_on_one_plane_are_counted() -> None:
     assert count_planar(rng.uniform(0, 640, (60, 2)), points, 24.0) < 15
     assert count_planar(seen[:4], points[:4], 24.0) == 0
     assert count_planar(np.zeros((9, 2)), np.zeros((9, 2)), 24.0) <= 9
+
+
+# Without any camera at all
+
+
+def _two_cameras(rng: np.random.Generator, count: int) -> tuple[NDArray[np.float64], ...]:
+    """Pixels (count, 2) of points 5 to 25 m away, and as seen from 1.5 m ahead, half a metre aside
+    and turned a little, by another camera."""
+    seen = rng.uniform([-0.6, -0.45, 1], [0.6, 0.45, 1], (count, 3))
+    points = seen * rng.uniform(5, 25, (count, 1))
+    turn = cv2.Rodrigues(np.array([0.02, 0.05, -0.03]))[0]
+    ahead = (points - (0.5, 0, 1.5)) @ turn
+    one, other = (known[:, :2] / known[:, 2:] for known in (points, ahead))
+    return one * 400 + (320, 240), other * 450 + (330, 250)
+
+
+def test_matches_of_what_stands_still_are_counted() -> None:
+    rng = np.random.default_rng(1)
+    one, other = _two_cameras(rng, 120)
+    one += rng.normal(0, 0.1, one.shape)
+    other[80:] = rng.uniform([0, 0], [640, 480], (40, 2))
+    found = count_rigid(one, other, 0.5)
+    assert 75 <= found <= 85
+    assert found == count_rigid(one, other, 0.5), "the same input, the same result"
+    assert count_planar(one[:80], other[:80], 1.0) < 40, "it is no plane"
+    assert count_rigid(rng.uniform(0, 640, (120, 2)), other, 0.5) < 30
+    assert count_rigid(one[:7], other[:7], 0.5) == 0
+    assert count_rigid(one + rng.normal(0, 4, one.shape), other, 0.5) < 40, "to half a pixel"
+    for degenerate in (np.zeros((9, 2)), np.outer(np.arange(30.0), (1, 2))):
+        assert 0 <= count_rigid(degenerate, degenerate, 0.5) <= len(degenerate)
+
+
+def test_matches_that_opencv_cannot_bear_count_for_nothing() -> None:
+    """Nine false ones, as they came; findFundamentalMat raises an assertion of its own."""
+    query = [
+        (264, 216), (280, 296), (264, 184), (440, 280), (232, 56), (216, 56), (312, 200),
+        (216, 72), (232, 40),
+    ]  # fmt: skip
+    candidate = [
+        (449.0, 351.3), (485.3, 417.8), (446.0, 313.2), (211.7, 125.4), (380.1, 198.5),
+        (364.8, 205.9), (500.6, 313.9), (366.2, 226.4), (379.0, 176.1),
+    ]  # fmt: skip
+    assert count_rigid(np.array(query, float), np.array(candidate), 0.5) <= 9
+
+
+@pytest.mark.parametrize("zoom", [0.7, 0.95, 1.0, 1.3])
+def test_a_zoom_is_told_from_matches_a_fifth_of_which_are_wrong(zoom: float) -> None:
+    rng = np.random.default_rng(2)
+    there = rng.uniform([0, 0], [640, 480], (80, 2))
+    angle = np.array([[0.98, -0.2], [0.2, 0.98]]) / np.hypot(0.98, 0.2)
+    here = (there - (320, 240)) @ angle * zoom + (300, 260) + rng.normal(0, 2, there.shape)
+    here[::5] = rng.uniform([0, 0], [640, 480], (16, 2))
+    assert log_zoom(here, there, 60.0) == pytest.approx(math.log(zoom), abs=0.03)
+    assert log_zoom(there, here, 60.0) == pytest.approx(-log_zoom(here, there, 60.0))
+
+
+def test_of_few_or_near_matches_no_zoom_is_told() -> None:
+    rng = np.random.default_rng(2)
+    there = rng.uniform([0, 0], [640, 480], (80, 2))
+    assert log_zoom(there[:7] * 2, there[:7], 60.0) == 0.0
+    assert log_zoom(there / 20, there / 10, 60.0) == 0.0
+    assert log_zoom(there[:0], there[:0], 60.0) == 0.0

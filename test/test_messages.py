@@ -67,8 +67,9 @@ def make_candidate(keyframe_id: int, fit: EpipolarFit | None, status: Status) ->
     index = np.arange(3)
     matches = Matches(index, index, np.ones(3, np.float32))
     return Candidate(
-        keyframe, 0.9, keyframe_id, 0.7, matches, fit=fit, confidence=0.8, agreeing=1, status=status
-    )
+        keyframe, 0.9, keyframe_id, 0.7, matches, fit=fit, num_correlated=1, zoom=0.25,
+        confidence=0.8, agreeing=1, status=status,
+    )  # fmt: skip
 
 
 def convert(decision: Decision, mount: Mount | None = None) -> list[LoopClosure]:
@@ -93,6 +94,7 @@ def test_a_turn_to_the_left_is_positive_about_z_of_the_body() -> None:
     decision = Decision(9_000_000_002, 7, [worse, best], best)
     first, second = convert(decision)
     assert (first.status, first.match_id, first.num_inliers) == (Status.ACCEPTED, 2, 2)
+    assert (first.num_correlated, first.zoom) == (1, 0.25)
     assert first.pose_type == LoopClosure.POSE_ROTATION_AND_DIRECTION
     turn, position = first.relative_pose.pose.orientation, first.relative_pose.pose.position
     assert 2 * math.atan2(turn.z, turn.w) == pytest.approx(0.4)

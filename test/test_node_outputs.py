@@ -165,7 +165,8 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     description, camera = messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
     assert camera == CAMERA
     np.testing.assert_array_equal(description.tokens, decision.description.tokens)
-    assert bytes(keyframe.thumbnail) == detector.database.thumbnail(9)
+    assert bytes(keyframe.thumbnail) == detector.database.thumbnail(9) == description.picture
+    assert description.picture
     for where in (-0.1, 1e9, math.inf):
         keyframe.centres[3] = where
         with pytest.raises(ValueError, match="robot 5 has"):

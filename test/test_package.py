@@ -154,6 +154,8 @@ def test_loop_closure_has_the_fields_that_back_ends_rely_on() -> None:
         "confidence": "float",
         "num_matches": "uint32",
         "num_inliers": "uint32",
+        "num_correlated": "uint32",
+        "zoom": "float",
         "rank": "uint32",
         "pose_type": "uint8",
         "relative_pose": "geometry_msgs/PoseWithCovariance",

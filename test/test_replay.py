@@ -110,6 +110,7 @@ def test_files_agree_with_each_other(laps: Path, config: Config, tmp_path: Path)
     assert all(line["match_id"] is None for line in early)
     # What is written names the frames of the recording.
     for line in closures:
+        assert 0 < line["num_correlated"] <= line["num_matches"] and abs(line["zoom"]) < 0.1
         assert line["query_name"] == f"{line['query_frame']:03}.png"
         assert line["match_name"] == f"{line['match_frame']:03}.png"
         assert line["query_stamp_ns"] == line["query_frame"] * 10**9

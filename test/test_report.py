@@ -300,6 +300,12 @@ def test_recorded_scores_decide_as_the_detector_does(
     names = [Status(end).name for end in decisions.status.tolist()]
     decided = zip(queries.tolist(), recording.frame[recording.match].tolist(), names, strict=True)
     assert list(decided) == replayed
+    compared = [line for line in lines if line["match_score"] is not None]
+    assert any(line["num_correlated"] for line in compared)
+    assert [line["num_correlated"] for line in lines if line["match_frame"] is not None] == [
+        count if name != "LOW_SIMILARITY" else 0
+        for count, name in zip(recording.num_correlated.tolist(), names, strict=True)
+    ]
     assert sum(decisions.match >= 0) == sum(line["status"] == "ACCEPTED" for line in lines) > 0
 
 
@@ -433,6 +439,9 @@ def test_other_settings_or_images_are_another_recording(
     folders = [record(source, tmp_path / "work", one, model).folder for one in
                (config, stricter, other)]  # fmt: skip
     assert folders[0] == folders[1] != folders[2]
+    told = {**model.bundle.card, "calibration": {"created": "today"}}
+    again = PlaceModel(dataclasses.replace(model.bundle, card=told), model._place, model._match)
+    assert record(source, tmp_path / "work", config, again).folder not in folders
     last = sorted(source.glob("*.png"))[-1]
     cv2.imwrite(str(last), np.zeros((128, 160, 3), np.uint8))
     assert record(source, tmp_path / "work", config, model).folder not in folders

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,12 @@ def test_another_robots_keyframe_is_found_at_once(open_database: Open) -> None:
     database = open_database("mine", robot_id=1)
     own = database.add(100 * SECOND, describe(1))
     theirs = database.add(
-        100 * SECOND, describe(2), POSE, CAMERA, b"jpg", robot_id=2, session="theirs"
+        100 * SECOND,
+        replace(describe(2), picture=b"jpg"),
+        POSE,
+        CAMERA,
+        robot_id=2,
+        session="theirs",
     )
     assert _found(database, 100 * SECOND) == {theirs} != {own}
     keyframe = database.keyframe(theirs)

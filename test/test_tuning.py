@@ -71,6 +71,7 @@ def drawn_scores(seed: int, laps: int = 4) -> tuple[Recording, Truth]:
         names=[""] * count, id=np.arange(count) + 1, first=np.array(first),
         match=match.astype(np.int64), similarity=similarity.astype(np.float32),
         match_score=score.astype(np.float32), num_matches=many, num_inliers=many, agreement=many,
+        num_correlated=many,
         confidence=np.full(len(rows), np.nan), has_camera=np.zeros(len(rows), np.bool_),
         session=["recording"] * count, apart_m=np.full(len(rows), np.nan),
         travelled_m=np.full(len(rows), np.nan), timings_ms={},

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FEATURES = ("similarity", "match", "agreement")
+FEATURES = ("similarity", "match", "agreement", "correlated", "zoom")
 """In this order; ``features`` says of what."""
 WITH_CAMERA, WITHOUT_CAMERA = "with_camera", "without_camera"
 NEUTRAL = 0.12
@@ -24,11 +24,18 @@ NEUTRAL = 0.12
 LASTING = 0.6
 """So much of what one keyframe says for a place still counts at the next. Both were chosen on drawn
 towns and on walks kept from training (docs/training.md)."""
+MOST_SUPPORT = 6.0
+"""Log odds that the keyframes before can add at most: however sure they were, the robot may have
+left the stretch that it came by."""
+_MOST_ZOOM = 0.3
+"""Logarithms of zooms beyond this are wrong as often as right."""
 _LEAST_SCORE = 1e-3
 """Of match scores below this, the logarithm says nothing more."""
 
 
-def features(similarity: float, match_score: float, agreement: int) -> list[float]:
+def features(
+    similarity: float, match_score: float, agreement: int, correlated: int, zoom: float
+) -> list[float]:
     """What the weights of a ``Curve`` are multiplied with.
 
     Scores and counts span orders of magnitude, and twice as much says the same everywhere, so
@@ -37,7 +44,8 @@ def features(similarity: float, match_score: float, agreement: int) -> list[floa
     those first that are.
     """
     score = math.log(max(match_score, _LEAST_SCORE))
-    return [similarity, score, math.log1p(agreement)]
+    apart = min(abs(zoom), _MOST_ZOOM)
+    return [similarity, score, math.log1p(agreement), math.log1p(correlated), apart]
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ def sequential(confidence: ArrayLike, before: ArrayLike) -> NDArray[np.float64]:
     """P(same place) by an image and by the keyframes before it.
 
     Log odds add up, as far as images are independent; those of keyframes in a row are not quite,
-    so that what was seen before fades by ``LASTING``. What spoke against the place is forgotten
-    at once: places are entered from elsewhere.
+    so that what was seen before fades by ``LASTING``, and adds ``MOST_SUPPORT`` at most. What spoke
+    against the place is forgotten at once: places are entered from elsewhere.
 
     Parameters
     ----------
@@ -129,7 +137,7 @@ def sequential(confidence: ArrayLike, before: ArrayLike) -> NDArray[np.float64]:
     alone, earlier = np.broadcast_arrays(np.asarray(confidence, float), np.asarray(before, float))
     supported = np.asarray(earlier > NEUTRAL)
     support = LASTING * (_log_odds(np.where(supported, earlier, NEUTRAL)) - _log_odds(NEUTRAL))
-    together = 1 / (1 + np.exp(-(_log_odds(alone) + support)))
+    together = 1 / (1 + np.exp(-(_log_odds(alone) + np.minimum(support, MOST_SUPPORT))))
     return np.asarray(np.where(supported, together, alone))
 
 

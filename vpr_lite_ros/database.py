@@ -243,7 +243,6 @@ class KeyframeDatabase:
         description: Description,
         pose: Pose | None = None,
         camera: Camera | None = None,
-        thumbnail: bytes = b"",
         *,
         robot_id: int | None = None,
         session: str | None = None,
@@ -291,9 +290,10 @@ class KeyframeDatabase:
         content = sum(
             part.nbytes for part in (tokens, centres, descriptor, depth) if part is not None
         )
-        self._make_room(content + len(thumbnail))
+        picture = description.picture
+        self._make_room(content + len(picture))
         keyframe_id = self._file.insert(
-            robot_id, session, stamp_ns, pose, camera, descriptor, centres, tokens, thumbnail, depth
+            robot_id, session, stamp_ns, pose, camera, descriptor, centres, tokens, picture, depth
         )
         self._index.add(descriptor[None])
         self._remember(Head(keyframe_id, robot_id, session, stamp_ns, pose, descriptor), True)

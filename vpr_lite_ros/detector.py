@@ -26,12 +26,14 @@ from vpr_lite_ros.matching import (
     Matches,
     Status,
     count_planar,
+    count_rigid,
     fit_epipolar,
+    log_zoom,
     meeting_points,
     mutual_matches,
 )
-from vpr_lite_ros.metric_pose import MetricFit, measure_way
-from vpr_lite_ros.refinement import View, refine_motion
+from vpr_lite_ros.metric_pose import MetricFit, View, measure_way
+from vpr_lite_ros.refinement import find_again, refine_motion
 
 AGREEMENT_WINDOW = 5
 """Matches of consecutive keyframes agree when they are at most this many stored ones apart."""
@@ -39,6 +41,10 @@ CLOCK_TOLERANCE_NS = 1_000_000_000
 """Images may come this much out of order; a stamp further back means that the clock was set."""
 PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
+RIGID_TOLERANCE_PX = 0.5
+"""Of the network's input: correlation finds points to a fraction of a pixel."""
+ZOOM_DISTANCE_PX = 60.0
+"""Of the network's input: points nearer to each other than this tell no zoom."""
 
 
 @dataclass
@@ -56,15 +62,24 @@ class Candidate:
     points: NDArray[np.float64] | None = None
     """(M, 2) of the matches: where the keyframe shows what lies at the query's patches, fractions
     of the image. Found between the keyframe's patches."""
+    found: NDArray[np.bool_] | None = None
+    """(M,) around which of these the two small pictures correlate ..."""
+    found_points: NDArray[np.floating] | None = None
+    """... and (M, 2) where exactly, as ``points``."""
     fit: EpipolarFit | None = None
     """None where a camera is not known or no motion was found."""
     refined: EpipolarFit | None = None
-    """Of a closure: ``fit`` once more, from what correlation finds again in the two pictures."""
+    """Of a closure: ``fit`` once more, by the points that were ``found``; its inliers are of these.
+    """
     metric: MetricFit | None = None
     """Of a closure, one of whose images has depth."""
     agreement: int = 0
     """Matches that agree with each other: with one motion of the camera, or, where no camera is
     known, with one homography."""
+    num_correlated: int = 0
+    """Of the matches that were ``found``, those that agree with one motion of whatever camera."""
+    zoom: float = math.nan
+    """Logarithm of how much larger the query shows what both show; NaN where not matched."""
     confidence_alone: float = math.nan
     """P(same place) by this image, 0…1; NaN where the pair was not matched or the model is not
     calibrated."""
@@ -227,10 +242,9 @@ class LoopDetector:
         self._compare_ways(decision.candidates, stamp_ns, pose)
         self._verify(description, camera, decision)
         decision.closure = self._accept(self._follow(decision.candidates), stamp_ns)
-        picture = thumbnail(image)
-        self._measure(decision, picture, description, camera)
+        self._measure(decision, description, camera)
 
-        self._store(decision, picture, description, pose, camera)
+        self._store(decision, description, pose, camera)
         decision.is_keyframe = True
         self._last_stamp_ns, self._last_pose = stamp_ns, pose
         self._last_descriptor = description.descriptor
@@ -265,7 +279,7 @@ class LoopDetector:
         if passed:
             decision.closure = max(passed, key=sureness)
             decision.closure.status = Status.ACCEPTED
-            self._measure(decision, thumbnail(image), description, camera)
+            self._measure(decision, description, camera)
         return decision
 
     def examine(
@@ -286,9 +300,9 @@ class LoopDetector:
         self, image: Image, decision: Decision, depth: Depth | None = None
     ) -> Description:
         with _timed(decision, "resize"):
-            fitted = fit(image, self.model.bundle.image_size)
+            fitted, picture = fit(image, self.model.bundle.image_size), thumbnail(image)
         with _timed(decision, "place"):
-            description = self.model.describe(fitted)
+            description = replace(self.model.describe(fitted), picture=picture)
             if depth is not None:
                 known = sample_depth(depth, description.centres)
                 description = replace(description, depth=known)
@@ -353,7 +367,21 @@ class LoopDetector:
         assert candidate.matches is not None and candidate.points is not None
         if (status := self.judge(candidate)) is not Status.NOT_BEST:
             return status
+        self._check_geometry(candidate, description, camera)
+        self._check_pictures(candidate, description)
+        if (calibration := self.model.bundle.calibration) is not None:
+            curve = calibration.curve(bool(candidate.has_camera))
+            candidate.confidence_alone = curve.confidence(features_of(candidate))
+            candidate.confidence = candidate.confidence_alone
+        return self.judge(candidate)
+
+    def _check_geometry(
+        self, candidate: Candidate, description: Description, camera: Camera | None
+    ) -> None:
+        """Which of the matches agree with each other, and whether the query was taken nearer."""
+        assert candidate.matches is not None and candidate.points is not None
         query_centres = description.centres[candidate.matches.query]
+        pixels = np.array(self.model.bundle.image_size)
         known_camera = candidate.keyframe.camera
         candidate.has_camera = camera is not None and known_camera is not None
         if camera is not None and known_camera is not None:
@@ -364,40 +392,58 @@ class LoopDetector:
             )
             candidate.agreement = candidate.num_inliers
         else:
-            pixels = np.array(self.model.bundle.image_size)
             candidate.agreement = count_planar(
                 query_centres * pixels, candidate.points * pixels, PLANAR_TOLERANCE_PX
             )
-        if (calibration := self.model.bundle.calibration) is not None:
-            curve = calibration.curve(candidate.has_camera)
-            candidate.confidence_alone = curve.confidence(features_of(candidate))
-            candidate.confidence = candidate.confidence_alone
-        return self.judge(candidate)
+        candidate.zoom = log_zoom(
+            query_centres * pixels, candidate.points * pixels, ZOOM_DISTANCE_PX
+        )
+
+    def _check_pictures(self, candidate: Candidate, description: Description) -> None:
+        """Which of the matches look alike pixel by pixel, and agree with each other.
+
+        To a network two windows are alike; in pixels only one window is.
+        """
+        assert candidate.matches is not None and candidate.points is not None
+        query_centres = description.centres[candidate.matches.query]
+        pixels = np.array(self.model.bundle.image_size)
+        points, found = find_again(
+            description.picture, query_centres, self._picture(candidate.keyframe), candidate.points
+        )
+        candidate.found_points, candidate.found = points, found
+        candidate.num_correlated = count_rigid(
+            query_centres[found] * pixels, points[found] * pixels, RIGID_TOLERANCE_PX
+        )
+
+    def _picture(self, keyframe: Keyframe) -> bytes:
+        try:
+            return self.database.thumbnail(keyframe.id)
+        except DatabaseError:  # damaged: its tokens may be whole
+            return b""
 
     def _tolerance(self, camera: Camera) -> float:
         """How far a match may lie from its epipolar line, as an angle."""
         angle = camera.radians_per_pixel(self.model.bundle.image_size[0])
         return self.config.epipolar_tolerance_px * angle
 
-    def _measure(
-        self, decision: Decision, picture: bytes, description: Description, camera: Camera | None
-    ) -> None:
+    def _measure(self, decision: Decision, description: Description, camera: Camera | None) -> None:
         """The way to the closure once more, by the pictures; in metres, where one has depth."""
         closure = decision.closure
         if closure is None or closure.fit is None:
             return
-        keyframe, matches, points = closure.keyframe, closure.matches, closure.points
-        assert matches is not None and points is not None, "there is an epipolar fit"
+        keyframe, matches, found = closure.keyframe, closure.matches, closure.found
+        assert matches is not None and found is not None, "there is an epipolar fit"
+        assert closure.found_points is not None, "there is an epipolar fit"
         assert camera is not None and keyframe.camera is not None, "there is an epipolar fit"
         with _timed(decision, "refine"):
-            try:
-                stored = self.database.thumbnail(keyframe.id)
-            except DatabaseError:  # a damaged picture costs no closure
-                return
-            query = _view(camera, picture, description, matches.query)
-            match = _view(keyframe.camera, stored, keyframe, matches.candidate)
             tolerance = self._tolerance(camera)
-            closure.refined = refine_motion(query, replace(match, centres=points), tolerance)
+            closure.refined = refine_motion(
+                camera.rays(description.centres[matches.query[found]]),
+                keyframe.camera.rays(closure.found_points[found]),
+                tolerance,
+            )
+            query = _view(camera, description.picture, description, matches.query)
+            match = _view(keyframe.camera, self._picture(keyframe), keyframe, matches.candidate)
             motion = closure.refined or closure.fit
             closure.metric = measure_way(query, match, motion, tolerance)
 
@@ -436,7 +482,6 @@ class LoopDetector:
     def _store(
         self,
         decision: Decision,
-        picture: bytes,
         description: Description,
         pose: Pose | None,
         camera: Camera | None,
@@ -447,7 +492,7 @@ class LoopDetector:
         with _timed(decision, "store"):
             try:
                 decision.keyframe_id = self.database.add(
-                    decision.stamp_ns, description, pose, camera, picture
+                    decision.stamp_ns, description, pose, camera
                 )
             except DatabaseError as error:
                 decision.fault = str(error)
@@ -534,7 +579,13 @@ def sureness(candidate: Candidate) -> tuple[float, int]:
 
 def features_of(candidate: Candidate) -> list[float]:
     """What the calibration knows of a matched candidate."""
-    return features(candidate.similarity, candidate.match_score, candidate.agreement)
+    return features(
+        candidate.similarity,
+        candidate.match_score,
+        candidate.agreement,
+        candidate.num_correlated,
+        candidate.zoom,
+    )
 
 
 def _view(

@@ -161,7 +161,7 @@ def checked(image: Image) -> Image:
 
 
 def thumbnail(image: Image) -> bytes:
-    """A small JPEG of an RGB image, to show a person what a keyframe saw."""
+    """A small JPEG of an RGB image: to compare it with others, and to show what a keyframe saw."""
     height = max(1, round(THUMBNAIL_WIDTH * image.shape[0] / image.shape[1]))
     small = cv2.resize(image, (THUMBNAIL_WIDTH, height), interpolation=cv2.INTER_AREA)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 80]

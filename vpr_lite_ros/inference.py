@@ -79,7 +79,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Description:
-    """What the place network says of one image, and how far away its patches are, if known."""
+    """What is kept of one image: what the place network says of it, and what is known beside."""
 
     descriptor: NDArray[np.float32]
     """(D,) unit vector of the whole image."""
@@ -89,6 +89,8 @@ class Description:
     """(N, 2) x, y of each patch as fractions of the image's width and height."""
     depth: NDArray[np.float16] | None = None
     """(N,) metres along the optical axis at each centre, 0 where not known; None without depth."""
+    picture: bytes = b""
+    """A small JPEG, see ``image.thumbnail``; empty if there is none."""
 
 
 class PlaceModel:
@@ -283,8 +285,8 @@ def load_bundle(path: Path) -> Bundle:
         calibration = Calibration.from_card(card)
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"{card_file}: the entry calibration is garbled ({error}). Copy the bundle again, or "
-            "remove the entry and run `vpr-lite calibrate`"
+            f"{card_file}: the entry calibration is garbled, or another release wrote it "
+            f"({error}). Copy the bundle again, or remove the entry and run `vpr-lite calibrate`"
         ) from error
     for graph, wanted in hashes.items():
         try:

@@ -16,6 +16,10 @@ PATCH_SPACING_PX = 16
 """Of the network's input, from one patch to the next: the backbone's stride."""
 ROTATION_SIGMA, DIRECTION_SIGMA = 0.1, 0.7
 """Radians: how far matches of patches, 16 px apart, tell the motion between two cameras."""
+_OF_FUNDAMENTAL, _OF_ZOOM = 8, 8
+"""Fewer matches say nothing."""
+_ZOOM_STEPS = (2, 3, 4, 5)
+"""Each match is paired with those that come so many parts of the whole list after it."""
 _NO_PARALLAX = 0.9
 """A rotation that explains this share of the matches that the best motion explains is preferred."""
 
@@ -286,6 +290,59 @@ def count_planar(
         candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
     )
     return 0 if inliers is None else int(inliers.sum())
+
+
+def count_rigid(
+    query_points: NDArray[np.float64], candidate_points: NDArray[np.float64], tolerance: float
+) -> int:
+    """How many matches (M, 2) agree with one fundamental matrix: what does not move, seen from two
+    places by whatever cameras.
+
+    Parameters
+    ----------
+    tolerance
+        Largest distance to the epipolar line, in the points' unit.
+    """
+    if len(query_points) < _OF_FUNDAMENTAL:
+        return 0
+    try:
+        _, inliers = cv2.findFundamentalMat(
+            candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, 1000
+        )
+    except cv2.error:  # points in one place, or on one line
+        return 0
+    return 0 if inliers is None else int(inliers.sum())
+
+
+def log_zoom(
+    query_points: NDArray[np.float64], candidate_points: NDArray[np.float64], near: float
+) -> float:
+    """How much larger the query shows what both show: the logarithm of the ratio, 0 where unknown.
+
+    Forward motion brings the scene nearer; a keyframe some metres ahead of the right one is told
+    from it by this. It is the median over distances between two points, so that up to a quarter
+    of the matches may be wrong.
+
+    Parameters
+    ----------
+    query_points, candidate_points
+        (M, 2) matched points.
+    near
+        Distances below this say nothing, in the points' unit.
+    """
+    count = len(query_points)
+    if count < _OF_ZOOM:
+        return 0.0
+    one = np.tile(np.arange(count), len(_ZOOM_STEPS))
+    other = (one + np.repeat(count // np.array(_ZOOM_STEPS), count)) % count
+    in_query, in_candidate = (
+        np.linalg.norm(points[one] - points[other], axis=1)
+        for points in (query_points, candidate_points)
+    )
+    apart = np.minimum(in_query, in_candidate) > near
+    if np.count_nonzero(apart) < 2 * _OF_ZOOM:
+        return 0.0
+    return float(np.median(np.log(in_query[apart] / in_candidate[apart])))
 
 
 def epipolar_distance(

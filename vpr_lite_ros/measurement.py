@@ -30,7 +30,7 @@ from vpr_lite_ros.evaluation import (
     precision_recall,
     recall_at,
 )
-from vpr_lite_ros.image import fit
+from vpr_lite_ros.image import fit, thumbnail
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.progress import progress
 from vpr_lite_ros.summary import Record, write_json
@@ -220,6 +220,8 @@ def look_up(
     with closing(keyframes):
         for number, frame in enumerate(progress(frames, total, "frame", benchmark.name)):
             description = model.describe(fit(frame.image, bundle.image_size))
+            if examine:
+                description = replace(description, picture=thumbnail(frame.image))
             if number >= first:
                 depth = max(*RECALL_KS, examine)
                 found = keyframes.search(description.descriptor, depth, frame.stamp_ns, gap_ns)

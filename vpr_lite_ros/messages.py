@@ -105,6 +105,8 @@ def _of_candidate(common: LoopClosure, candidate: Candidate, mount: Mount) -> Lo
         confidence=candidate.confidence,
         num_matches=candidate.num_matches,
         num_inliers=candidate.num_inliers,
+        num_correlated=candidate.num_correlated,
+        zoom=candidate.zoom,
         rank=candidate.rank,
         pose_type=int(known.pose_type),
         relative_pose=_to_pose(known),
@@ -143,7 +145,6 @@ def to_keyframe(
     model_id: str,
     description: Description,
     camera: Camera | None,
-    thumbnail: bytes,
 ) -> KeyframeMessage:
     """What another robot needs to recognise the place of an image with this header."""
     message = KeyframeMessage(
@@ -154,7 +155,7 @@ def to_keyframe(
         descriptor=array("f", description.descriptor.astype(np.float32).tobytes()),
         tokens=array("B", description.tokens.astype("<f2").tobytes()),
         centres=array("f", description.centres.astype(np.float32).tobytes()),
-        thumbnail=array("B", thumbnail),
+        thumbnail=array("B", description.picture),
     )
     if description.depth is not None:
         message.depth = array("f", description.depth.astype(np.float32).tobytes())
@@ -196,7 +197,8 @@ def from_keyframe(
     camera = to_camera(message.camera_info) if any(message.camera_info.k) else None
     tokens = tokens.reshape(max_patches, dimension)
     known = depth if len(depth) else None
-    return Description(descriptor, tokens, centres.reshape(-1, 2), known), camera
+    picture = bytes(message.thumbnail)
+    return Description(descriptor, tokens, centres.reshape(-1, 2), known, picture), camera
 
 
 def to_markers(

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vpr_lite_ros.matching import EpipolarFit, cross
-from vpr_lite_ros.refinement import CORRELATED, MIN_POINTS, MIN_SHARE, View, find_again
+from vpr_lite_ros.matching import Camera, EpipolarFit, cross
+from vpr_lite_ros.refinement import CORRELATED, MIN_POINTS, MIN_SHARE, find_again
 
 LOOSER = 4 / 3
 """A projected point may miss this many times as far as an epipolar line: depth errs, too."""
@@ -24,6 +24,19 @@ MAX_TURN = 0.5
 it at most where it is right."""
 MAX_SIGMA_M = 2.5
 """A pose that is less sure says no more than that the place is the same."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of the matched patches in one of two images."""
+
+    camera: Camera
+    picture: bytes
+    """The small JPEG that is kept of a keyframe."""
+    centres: NDArray[np.floating]
+    """(M, 2) fractions of the image's width and height."""
+    depth: NDArray[np.float16] | None = None
+    """(M,) metres along the optical axis; 0 where not known. None: without depth."""
 
 
 @dataclass(frozen=True)

@@ -310,7 +310,6 @@ class LoopClosureNode(LifecycleNode):
                     messages.stamp_ns(message.header.stamp),
                     description,
                     camera=camera,
-                    thumbnail=bytes(message.thumbnail),
                     robot_id=message.robot_id,
                     session=message.session,
                 )

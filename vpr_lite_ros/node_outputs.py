@@ -136,8 +136,6 @@ class Outputs:
         """Let other robots recognise this place."""
         if decision.keyframe_id is None or decision.description is None:
             return
-        with self._lock:
-            thumbnail = self._database.thumbnail(decision.keyframe_id)
         self._keyframe_topic.publish(
             messages.to_keyframe(
                 header,
@@ -146,7 +144,6 @@ class Outputs:
                 model_id=self._bundle.model_id,
                 description=decision.description,
                 camera=camera,
-                thumbnail=thumbnail,
             )
         )
 

@@ -2,12 +2,14 @@
 motion between the two cameras that follows from them.
 
 Between patches 16 px apart a point is found to some 3 px, and neighbours are off alike: good enough
-to recognise a place, not to measure a way.
+to compare places, not to measure a way. And what looks alike to a network need not be the same
+thing: whether the pictures correlate there tells much about that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -15,7 +17,6 @@ from numpy.typing import NDArray
 
 from vpr_lite_ros.matching import (
     DIRECTION_SIGMA,
-    Camera,
     EpipolarFit,
     cross,
     epipolar_distance,
@@ -50,55 +51,38 @@ _ROUNDS = 8
 _STEP = 1e-5
 
 
-@dataclass(frozen=True)
-class View:
-    """What is known of the matched patches in one of two images."""
+def refine_motion(
+    query_rays: NDArray[np.float64], match_rays: NDArray[np.float64], tolerance: float
+) -> EpipolarFit | None:
+    """The motion between two cameras once more, from points that correlation found again.
 
-    camera: Camera
-    picture: bytes
-    """The small JPEG that is kept of a keyframe."""
-    centres: NDArray[np.floating]
-    """(M, 2) fractions of the image's width and height."""
-    depth: NDArray[np.float16] | None = None
-    """(M,) metres along the optical axis; 0 where not known. None: without depth."""
-
-
-def refine_motion(query: View, match: View, tolerance: float) -> EpipolarFit | None:
-    """The motion between two cameras once more, from what correlation finds again in the pictures.
-
-    None if too little is found, or too little of it agrees: by night, or on bare walls.
+    None if they are too few, or too few of them agree: by night, or on bare walls.
 
     Parameters
     ----------
+    query_rays, match_rays
+        (F, 2) such points as ``Camera.rays`` gives them.
     tolerance
         Largest distance to the epipolar line, in the unit of rays.
 
     Returns
     -------
-    With its covariance; inliers (M,) are among the points that were found again. The direction is
-    zero where it cannot be told to ``DIRECTION_SIGMA``.
+    With its covariance. The direction is zero where it cannot be told to ``DIRECTION_SIGMA``.
     """
-    centres, found = find_again(query.picture, query.centres, match.picture, match.centres)
-    if np.count_nonzero(found) < MIN_OF_MOTION:
+    if len(query_rays) < MIN_OF_MOTION:
         return None
-    query_rays, match_rays = (
-        query.camera.rays(query.centres[found]),
-        match.camera.rays(centres[found]),
-    )
     fit = fit_epipolar(query_rays, match_rays, tolerance)
-    enough = max(MIN_OF_MOTION, MIN_SHARE * np.count_nonzero(found))
+    enough = max(MIN_OF_MOTION, MIN_SHARE * len(query_rays))
     if fit is None or np.count_nonzero(fit.inliers) < enough:
         return None
     polished = _best_of_several(fit, query_rays, match_rays, tolerance)
     if np.count_nonzero(polished.inliers) < enough:
         return None
-    inliers = np.zeros(len(found), np.bool_)
-    inliers[found] = polished.inliers
     known = polished.covariance
     if known is None or np.trace(known[:3, :3]) > 2 * DIRECTION_SIGMA**2:
         covariance = np.diag([0.0] * 3 + [ROTATION_FLOOR**2] * 3)
-        return EpipolarFit(inliers, polished.rotation, np.zeros(3), covariance)
-    return replace(polished, inliers=inliers)
+        return EpipolarFit(polished.inliers, polished.rotation, np.zeros(3), covariance)
+    return polished
 
 
 def _best_of_several(
@@ -223,7 +207,7 @@ def find_again(
     at, start = points * np.array(template_of.shape[::-1]), near * size
     for index, (here, there) in enumerate(zip(at, start, strict=True)):
         template = cv2.getRectSubPix(template_of, (2 * HALF + 1,) * 2, here.tolist())
-        if template.std() < _FLAT:
+        if cv2.meanStdDev(template)[1].item() < _FLAT:
             continue
         around = cv2.getRectSubPix(image, (2 * (HALF + SEARCH) + 1,) * 2, there.tolist())
         map_ = cv2.matchTemplate(around, template, cv2.TM_CCOEFF_NORMED)
@@ -236,10 +220,14 @@ def find_again(
     return centres, found
 
 
+@lru_cache(maxsize=4)  # one query is compared with many keyframes
 def _grey(picture: bytes) -> NDArray[np.float32] | None:
     if not picture:
         return None
-    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_GRAYSCALE)
+    try:
+        image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_GRAYSCALE)
+    except cv2.error:  # another robot's picture may claim any size
+        return None
     return None if image is None else image.astype(np.float32)
 
 

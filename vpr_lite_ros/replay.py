@@ -51,6 +51,8 @@ CLOSURE_FIELDS = (
     "confidence",
     "num_matches",
     "num_inliers",
+    "num_correlated",
+    "zoom",
     "pose_type",
     "x",
     "y",
@@ -291,6 +293,8 @@ def _records(run: Run, number: int, decision: Decision) -> list[Record]:
                 "confidence": _rounded(candidate.confidence),
                 "num_matches": candidate.num_matches,
                 "num_inliers": candidate.num_inliers,
+                "num_correlated": candidate.num_correlated,
+                "zoom": _rounded(candidate.zoom),
                 "status": candidate.status.name,
             }
             | _relative_pose(candidate)

@@ -73,7 +73,7 @@ CREATE TABLE keyframes (
     descriptor BLOB NOT NULL,  -- D float32
     centres BLOB NOT NULL,     -- N x 2 float32, fractions of width and height
     tokens BLOB NOT NULL,      -- N x D float16
-    thumbnail BLOB NOT NULL    -- small JPEG, for people; may be empty
+    thumbnail BLOB NOT NULL    -- small JPEG; may be empty
 );
 """
 

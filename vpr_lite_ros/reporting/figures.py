@@ -229,6 +229,7 @@ def _scores(recording: Recording, same: Booleans, truth: Truth) -> Record:
         ("similarity", recording.similarity),
         ("match_score", recording.match_score),
         ("agreement", recording.agreement),
+        ("correlation", recording.num_correlated),
         ("confidence", recording.confidence),
     ):
         usable = judged & np.isfinite(values)

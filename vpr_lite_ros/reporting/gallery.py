@@ -159,10 +159,13 @@ def _drawn(
     query_id, match_id = (int(recording.id[keyframe]) for keyframe in (pair.query, pair.match))
     keyframe = database.keyframe(query_id)
     description = Description(
-        np.zeros(database.dimension, np.float32), database.tokens([query_id])[0], keyframe.centres
+        np.zeros(database.dimension, np.float32),
+        database.tokens([query_id])[0],
+        keyframe.centres,
+        picture=database.thumbnail(query_id),
     )
     candidate: Candidate = detector.examine(description, [(match_id, 0.0)], recording.camera)[0]
-    picture = cv2.imdecode(np.frombuffer(database.thumbnail(query_id), np.uint8), cv2.IMREAD_COLOR)
+    picture = cv2.imdecode(np.frombuffer(description.picture, np.uint8), cv2.IMREAD_COLOR)
     assert candidate.matches is not None and candidate.points is not None
     drawn = draw_matches(
         cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).astype(np.uint8),

@@ -135,7 +135,8 @@ def scores(histograms: Record) -> str:
     """How similarity, match score and the rest are spread over true and false candidates."""
     names = {
         "similarity": "similarity of the whole pictures", "match_score": "match score",
-        "agreement": "matches that agree", "confidence": "confidence",
+        "agreement": "matches that agree", "correlation": "matches that correlate",
+        "confidence": "confidence",
     }  # fmt: skip
     shown = [name for name in names if name in histograms]
     with _plot(2.6 * len(shown), 2.9, len(shown)) as (plot, all_axes):

@@ -40,7 +40,7 @@ from vpr_lite_ros.reporting.recording import (
 )
 from vpr_lite_ros.summary import Record, dumps, write_json
 
-FORMAT = 2
+FORMAT = 3
 SETTINGS = "settings.json"
 DECIDES_WHAT_IS_RECORDED = ("top_k", "min_time_gap_s", "epipolar_tolerance_px")
 """With the group ``keyframe`` and the model: another value of these is another recording."""
@@ -85,6 +85,7 @@ def record(
             "odometry": odometry.topic if odometry else "",
             "camera": json.loads(camera.to_json()) if camera else None,
             "model_id": model.bundle.model_id,
+            "calibration": model.bundle.card.get("calibration"),
             "keyframe": asdict(config.keyframe),
             **{name: getattr(config, name) for name in DECIDES_WHAT_IS_RECORDED},
         }
@@ -161,8 +162,8 @@ def _line(number: int, name: str, session: str, decision: Decision) -> Record:
         "candidates": [
             [
                 one.keyframe.id, _short(one.similarity), _short(one.match_score), one.num_matches,
-                one.num_inliers, one.agreement, one.confidence_alone, int(bool(one.has_camera)),
-                one.apart_m, one.travelled_m,
+                one.num_inliers, one.agreement, one.num_correlated, one.confidence_alone,
+                int(bool(one.has_camera)), one.apart_m, one.travelled_m,
             ]
             for one in decision.candidates
         ],

@@ -83,6 +83,7 @@ class Recording:
     num_matches: NDArray[np.int64]
     num_inliers: NDArray[np.int64]
     agreement: NDArray[np.int64]
+    num_correlated: NDArray[np.int64]
     confidence: NDArray[np.float64]
     """(M,) by the image alone."""
     has_camera: NDArray[np.bool_]
@@ -124,19 +125,20 @@ class Recording:
         rows = self.rows(keyframe)
         columns = (
             self.match, self.similarity, self.match_score, self.num_matches, self.num_inliers,
-            self.agreement, self.confidence, self.has_camera, self.apart_m, self.travelled_m,
+            self.agreement, self.num_correlated, self.confidence, self.has_camera, self.apart_m,
+            self.travelled_m,
         )  # fmt: skip
         found = zip(*(column[rows].tolist() for column in columns), strict=True)
         return [
             Measured(
                 self.keyframes[match], similarity, rank, score,
-                agreement=agreement, confidence_alone=confidence, has_camera=has_camera,
-                apart_m=apart, travelled_m=travelled,
+                agreement=agreement, num_correlated=correlated, confidence_alone=confidence,
+                has_camera=has_camera, apart_m=apart, travelled_m=travelled,
                 counted_matches=matches, counted_inliers=inliers,
             )
             for rank, (
-                match, similarity, score, matches, inliers, agreement, confidence, has_camera,
-                apart, travelled,
+                match, similarity, score, matches, inliers, agreement, correlated, confidence,
+                has_camera, apart, travelled,
             ) in enumerate(found)
         ]  # fmt: skip
 
@@ -161,9 +163,9 @@ def open_keyframes(folder: Path, model: PlaceModel) -> KeyframeDatabase:
 
 
 def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "") -> Recording:
-    """All scores in ``folder``, as arrays: 50 bytes a candidate."""
+    """All scores in ``folder``, as arrays: 60 bytes a candidate."""
     state = read_state(folder)
-    columns = [array(code) for code in "qffqqqdbdd"]
+    columns = [array(code) for code in "qffqqqqdbdd"]
     frame, stamp_ns, ids, first = (array("q") for _ in range(4))
     names: list[str] = []
     sessions: list[str] = []
@@ -188,8 +190,8 @@ def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "
         sessions.append(line["session"])
         first.append(len(columns[0]))
     (
-        match, similarity, score, matches, inliers, agreement, confidence, has_camera, apart,
-        travelled,
+        match, similarity, score, matches, inliers, agreement, correlated, confidence, has_camera,
+        apart, travelled,
     ) = columns  # fmt: skip
     return Recording(
         folder=folder,
@@ -213,6 +215,7 @@ def read_recording(folder: Path, camera: Camera | None = None, odometry: str = "
         num_matches=np.array(matches, np.int64),
         num_inliers=np.array(inliers, np.int64),
         agreement=np.array(agreement, np.int64),
+        num_correlated=np.array(correlated, np.int64),
         confidence=np.array(confidence, np.float64),
         has_camera=np.array(has_camera, np.bool_),
         apart_m=np.array(apart, np.float64),

@@ -51,7 +51,7 @@ class Cases:
     benchmark: Benchmark
     found: list[Found]
     values: NDArray[np.float64]
-    """(C, 3) ``FEATURES``."""
+    """(C, F) ``FEATURES``."""
     frame: NDArray[np.int64]
     true: NDArray[np.bool_]
 
