@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -167,6 +168,10 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     np.testing.assert_array_equal(description.tokens, decision.description.tokens)
     assert bytes(keyframe.thumbnail) == detector.database.thumbnail(9) == description.picture
     assert description.picture
+    keyframe.thumbnail = array("B", bytes(200_001))
+    with pytest.raises(ValueError, match="a picture of 200001 bytes"):
+        messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+    keyframe.thumbnail = array("B")
     for where in (-0.1, 1e9, math.inf):
         keyframe.centres[3] = where
         with pytest.raises(ValueError, match="robot 5 has"):

@@ -25,6 +25,10 @@ from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.relative_pose import Mount, RelativePose, relative_pose_of
 
+MAX_PICTURE_BYTES = 200_000
+"""Of another robot's keyframe: ten times as many as there are in most, and too few to be decoded to
+gigabytes."""
+
 
 def stamp_ns(stamp: Time) -> int:
     """Nanoseconds since the clock's zero."""
@@ -194,10 +198,14 @@ def from_keyframe(
     depth = np.array(message.depth, np.float32).astype(np.float16)
     if len(depth) not in (0, max_patches) or not (np.isfinite(depth) & (depth >= 0)).all():
         raise ValueError(f"{who} has {len(depth)} depths, not {max_patches} of 0 m or more")
+    picture = bytes(message.thumbnail)
+    if len(picture) > MAX_PICTURE_BYTES:
+        raise ValueError(
+            f"{who} has a picture of {len(picture)} bytes, not a small one of {MAX_PICTURE_BYTES}"
+        )
     camera = to_camera(message.camera_info) if any(message.camera_info.k) else None
     tokens = tokens.reshape(max_patches, dimension)
     known = depth if len(depth) else None
-    picture = bytes(message.thumbnail)
     return Description(descriptor, tokens, centres.reshape(-1, 2), known, picture), camera
 
 

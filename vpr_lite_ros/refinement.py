@@ -224,10 +224,7 @@ def find_again(
 def _grey(picture: bytes) -> NDArray[np.float32] | None:
     if not picture:
         return None
-    try:
-        image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_GRAYSCALE)
-    except cv2.error:  # another robot's picture may claim any size
-        return None
+    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_GRAYSCALE)
     return None if image is None else image.astype(np.float32)
 
 
