@@ -35,10 +35,11 @@ from vpr_lite_ros.calibration import (
 from vpr_lite_ros.calibration import (
     sequential as sequential_of,
 )
+from vpr_lite_ros.candidate import Candidate, features_of, sureness
 from vpr_lite_ros.cli import main
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector, features_of, sureness
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.evaluation import PairTruth
 from vpr_lite_ros.inference import CARD, DEFAULT_BUNDLE, BundleError, PlaceModel, open_model
 from vpr_lite_ros.matching import Camera, Status

@@ -19,10 +19,11 @@ from vpr_lite_ros.bags import SourceError, recording, write_drive
 from vpr_lite_ros.bags.depth import DepthTrack
 from vpr_lite_ros.bags.recording import DEPTH_TOPIC
 from vpr_lite_ros.bags.rosbag import Bag
+from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import open_database
 from vpr_lite_ros.depth import DepthBuffer, decode_depth, sample_depth
-from vpr_lite_ros.detector import Candidate, Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.image import ImageError
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, PlaceModel, open_model
 from vpr_lite_ros.matching import Camera, fit_epipolar

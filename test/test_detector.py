@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import DatabaseError, Pose
-from vpr_lite_ros.detector import AGREEMENT_WINDOW, Candidate, Decision, LoopDetector
+from vpr_lite_ros.detector import AGREEMENT_WINDOW, LoopDetector
 from vpr_lite_ros.image import ImageError
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.matching import Camera, Status

@@ -16,8 +16,8 @@ from sensor_msgs.msg import CameraInfo
 from vpr_lite_ros.msg import LoopClosure
 
 from vpr_lite_ros import messages
+from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import Keyframe, Pose
-from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.matching import EpipolarFit, Matches, Status
 from vpr_lite_ros.metric_pose import MetricFit
 from vpr_lite_ros.relative_pose import Mount, PoseType, quaternion

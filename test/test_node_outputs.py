@@ -21,8 +21,9 @@ from geometry_msgs.msg import Transform
 from std_msgs.msg import Header
 
 from vpr_lite_ros import messages
+from vpr_lite_ros.candidate import Decision
 from vpr_lite_ros.database import Pose
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.image import draw_matches
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.node_outputs import Outputs

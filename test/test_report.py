@@ -25,6 +25,7 @@ from vpr_lite_ros.inference import PlaceModel, open_model
 from vpr_lite_ros.matching import Status
 from vpr_lite_ros.replay import replay_recording
 from vpr_lite_ros.reporting.decisions import decide
+from vpr_lite_ros.reporting.gallery import Pair, draw
 from vpr_lite_ros.reporting.recorder import record
 from vpr_lite_ros.reporting.recording import RecordingError, read_recording
 from vpr_lite_ros.simulation import simulate_drive
@@ -184,10 +185,29 @@ def test_a_report_with_poses(
     kinds = figures["gallery"]
     assert len(seen.sizes) == 5 + sum(map(len, kinds.values())) and kinds["best"]
     assert all(re.match(r"frame 1\d and frame \d, 0.0 m apart", one) for one in kinds["missed"])
+    _shows_the_query_at_the_left(lap, tiny_bundle, tmp_path)
     assert figures["recommended"]["yaml"].strip() in seen.words
     yaml = tmp_path / "copied.yaml"
     yaml.write_text(figures["recommended"]["yaml"])
     assert make_config(read_yaml(yaml)).min_time_gap_s == GAP_S
+
+
+def _shows_the_query_at_the_left(lap: Path, bundle: Path, tmp_path: Path) -> None:
+    config = settings(bundle)
+    model = _open(config)
+    recording = record(lap, tmp_path / "shown", config, model)
+    decisions = decide(recording, config, model)
+    pair = Pair(len(recording) - 1, 0)
+    ((picture,),) = draw(recording, {"one": [pair]}, decisions, None, config, model).values()
+    shown = cv2.imdecode(np.frombuffer(picture.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    half = shown.shape[1] // 2
+    for frame, drawn in ((-1, shown[:, :half]), (0, shown[:, half:])):
+        right, wrong = (
+            cv2.resize(cv2.imread(str(sorted(lap.glob("*.png"))[one])), drawn.shape[1::-1])
+            for one in (frame, -1 - frame)
+        )
+        apart = [float(np.abs(drawn - one.astype(float)).mean()) for one in (right, wrong)]
+        assert apart[0] < apart[1] / 2
 
 
 def test_without_ground_truth_it_says_what_cannot_be_said(

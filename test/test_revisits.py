@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vpr_lite_ros.candidate import Decision
 from vpr_lite_ros.config import make_config
 from vpr_lite_ros.database import Pose
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.matching import Status
 
 Image = NDArray[np.uint8]

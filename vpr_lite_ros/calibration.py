@@ -28,7 +28,7 @@ MOST_SUPPORT = 6.0
 """Log odds that the keyframes before can add at most: however sure they were, the robot may have
 left the stretch that it came by."""
 _MOST_ZOOM = 0.3
-"""Logarithms of zooms beyond this are wrong as often as right."""
+"""Beyond this, a zoom says nothing more."""
 _LEAST_SCORE = 1e-3
 """Of match scores below this, the logarithm says nothing more."""
 

@@ -309,7 +309,7 @@ def count_rigid(
         _, inliers = cv2.findFundamentalMat(
             candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, 1000
         )
-    except cv2.error:  # points in one place, or on one line
+    except cv2.error:  # no sample gave a matrix, which OpenCV does not expect
         return 0
     return 0 if inliers is None else int(inliers.sum())
 

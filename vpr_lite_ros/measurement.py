@@ -20,9 +20,10 @@ import numpy as np
 
 from vpr_lite_ros.benchmarks import Benchmark, read_frames
 from vpr_lite_ros.calibration import expected_calibration_error
+from vpr_lite_ros.candidate import Candidate, sureness
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector, sureness
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.evaluation import (
     Booleans,
     GroundTruth,

@@ -17,8 +17,8 @@ from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from vpr_lite_ros import relative_pose
+from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import Pose
-from vpr_lite_ros.detector import Candidate, Decision
 from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage

@@ -14,9 +14,9 @@ from std_msgs.msg import Header
 from visualization_msgs.msg import MarkerArray
 
 from vpr_lite_ros import messages
+from vpr_lite_ros.candidate import Decision
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import KeyframeDatabase
-from vpr_lite_ros.detector import Decision
 from vpr_lite_ros.image import Image, draw_matches
 from vpr_lite_ros.inference import Bundle
 from vpr_lite_ros.matching import Camera, Status

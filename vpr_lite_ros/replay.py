@@ -24,9 +24,10 @@ from vpr_lite_ros.bags import Source, SourceError, open_source, read_pairs, read
 from vpr_lite_ros.bags.depth import DepthTrack
 from vpr_lite_ros.bags.rosbag import is_bag
 from vpr_lite_ros.camera_file import read_camera
+from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, open_database
-from vpr_lite_ros.detector import Candidate, Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.evaluation import GroundTruth, PairTruth, RadiusTruth
 from vpr_lite_ros.inference import DEFAULT_BUNDLE, open_model
 from vpr_lite_ros.matching import Camera, Status

@@ -11,9 +11,10 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr_lite_ros.candidate import Candidate
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.evaluation import Booleans, Integers, findable
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.matching import Status

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vpr_lite_ros.candidate import sureness
 from vpr_lite_ros.config import Config
-from vpr_lite_ros.detector import sureness
 from vpr_lite_ros.evaluation import Booleans, Integers, PrecisionRecall, RadiusTruth, roc_auc
 from vpr_lite_ros.matching import Status
 from vpr_lite_ros.measurement import Answer, answer_curve, measure, reorder

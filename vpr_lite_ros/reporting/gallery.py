@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from vpr_lite_ros.candidate import Candidate
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import KeyframeDatabase
-from vpr_lite_ros.detector import Candidate, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.evaluation import Booleans
 from vpr_lite_ros.image import draw_matches
 from vpr_lite_ros.inference import Description, PlaceModel

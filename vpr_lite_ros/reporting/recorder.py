@@ -19,9 +19,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vpr_lite_ros.bags import Source, SourceError, open_source
 from vpr_lite_ros.camera_file import camera_beside, read_camera
+from vpr_lite_ros.candidate import Decision
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase
-from vpr_lite_ros.detector import Decision, LoopDetector
+from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.measurement import OPEN

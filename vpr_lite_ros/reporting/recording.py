@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr_lite_ros.candidate import Candidate
 from vpr_lite_ros.database import Keyframe, KeyframeDatabase
-from vpr_lite_ros.detector import Candidate
 from vpr_lite_ros.inference import PlaceModel
 from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.summary import Record
@@ -117,28 +117,29 @@ class Recording:
 
     @property
     def sureness(self) -> NDArray[np.float64]:
-        """(M,) what candidates are ranked by: see ``detector.sureness``."""
+        """(M,) what candidates are ranked by: see ``candidate.sureness``."""
         return np.where(np.isnan(self.confidence), self.match_score, self.confidence)
 
     def candidates(self, keyframe: int) -> list[Candidate]:
-        """The candidates of a keyframe in order of retrieval, measured, not judged."""
+        """The candidates of a keyframe in order of retrieval, measured, not judged.
+
+        Only what decisions are made by: what confidence was made of is in the arrays.
+        """
         rows = self.rows(keyframe)
         columns = (
             self.match, self.similarity, self.match_score, self.num_matches, self.num_inliers,
-            self.agreement, self.num_correlated, self.confidence, self.has_camera, self.apart_m,
-            self.travelled_m,
+            self.confidence, self.has_camera, self.apart_m, self.travelled_m,
         )  # fmt: skip
         found = zip(*(column[rows].tolist() for column in columns), strict=True)
         return [
             Measured(
                 self.keyframes[match], similarity, rank, score,
-                agreement=agreement, num_correlated=correlated, confidence_alone=confidence,
-                has_camera=has_camera, apart_m=apart, travelled_m=travelled,
-                counted_matches=matches, counted_inliers=inliers,
+                confidence_alone=confidence, has_camera=has_camera, apart_m=apart,
+                travelled_m=travelled, counted_matches=matches, counted_inliers=inliers,
             )
             for rank, (
-                match, similarity, score, matches, inliers, agreement, correlated, confidence,
-                has_camera, apart, travelled,
+                match, similarity, score, matches, inliers, confidence, has_camera, apart,
+                travelled,
             ) in enumerate(found)
         ]  # fmt: skip
 

@@ -30,7 +30,7 @@ from vpr_lite_ros.calibration import (
     Curve,
     expected_calibration_error,
 )
-from vpr_lite_ros.detector import features_of
+from vpr_lite_ros.candidate import features_of
 from vpr_lite_ros.export import amend_card
 from vpr_lite_ros.inference import CARD, PlaceModel
 from vpr_lite_ros.measurement import Found, detect, look_up
