@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -484,18 +485,23 @@ def test_odd_sizes_are_no_trouble(make_detector: MakeDetector) -> None:
 def test_the_same_images_give_the_same_decisions(
     make_detector: MakeDetector, make_picture: MakePicture
 ) -> None:
-    def run(session: str) -> list[tuple[object, ...]]:
-        detector = make_detector(session, min_time_gap_s=4.0)
-        detector.database.reset()
-        return [
-            (c.keyframe.id, c.similarity, c.match_score, c.num_matches, c.num_inliers, c.status)
-            for second in range(12)
-            for c in detector.process(
-                make_picture(second % 5), second * SECOND, camera=CAMERA
-            ).candidates
-        ]
+    """However many candidates are checked at once; and no thread outlasts its image."""
 
-    assert run("one") == run("two")
+    def run(session: str, threads: int) -> list[tuple[object, ...]]:
+        detector = make_detector(session, min_time_gap_s=4.0, threads=threads)
+        detector.database.reset()
+        seen: list[tuple[object, ...]] = []
+        for second in range(12):
+            decision = detector.process(make_picture(second % 5), second * SECOND, camera=CAMERA)
+            assert not [one for one in threading.enumerate() if one.name.startswith("check")]
+            for c in decision.candidates:
+                counts = c.num_matches, c.num_inliers, c.num_correlated
+                seen.append((c.keyframe.id, c.similarity, c.match_score, *counts, c.zoom, c.status))
+                same = c.keyframe.stamp_ns // SECOND % 5 == second % 5
+                assert (c.num_correlated > 0) == same, "each with its own picture"
+        return seen
+
+    assert run("one", 1) == run("two", 4) != []
 
 
 def test_localization_decides_as_mapping_does_and_stores_nothing(

@@ -144,7 +144,11 @@ class Config:
         choices=("auto", "tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime"),
     )
     threads: int = _parameter(
-        0, "CPU threads of the networks. 0: as many as there are cores.", minimum=0, maximum=256
+        0,
+        "CPU threads of the networks and, four at most, of the checks that follow. 0: as many as "
+        "there are cores.",
+        minimum=0,
+        maximum=256,
     )
     database_path: str = _parameter(
         "",

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -42,6 +44,8 @@ PLANAR_TOLERANCE_PX = 24.0
 """Of the network's input, a patch and a half: a homography explains less than a camera's motion."""
 RIGID_TOLERANCE_PX = 0.5
 """Of the network's input: correlation finds points to a fraction of a pixel."""
+MOST_THREADS = 4
+"""Candidates that are checked at once. Python's own steps take turns: more would gain little."""
 ZOOM_DISTANCE_PX = 60.0
 """Of the network's input: points nearer to each other than this tell no zoom."""
 
@@ -262,22 +266,26 @@ class LoopDetector:
                     candidate.keyframe.centres,
                     self.model.bundle.image_size,
                 )
-                candidate.status = self._check(candidate, description, camera)
+                candidate.status = self.judge(candidate)
+            matched = [one for one in similar if one.status is Status.NOT_BEST]
+            pictures = [self._picture(one.keyframe) for one in matched]
 
-    def _check(
-        self, candidate: Candidate, description: Description, camera: Camera | None
-    ) -> Status:
-        """The first check that a matched candidate fails, or NOT_BEST while it may still win."""
-        assert candidate.matches is not None and candidate.points is not None
-        if (status := self.judge(candidate)) is not Status.NOT_BEST:
-            return status
-        self._check_geometry(candidate, description, camera)
-        self._check_pictures(candidate, description)
+            def check(candidate: Candidate, picture: bytes) -> None:
+                self._check_geometry(candidate, description, camera)
+                self._check_pictures(candidate, picture, description)
+                self._weigh(candidate)
+
+            threads = min(self.config.threads or os.cpu_count() or 1, MOST_THREADS)
+            with ThreadPoolExecutor(threads, "check") as pool:  # OpenCV's steps run side by side
+                list(pool.map(check, matched, pictures))
+
+    def _weigh(self, candidate: Candidate) -> None:
+        """Judge a candidate by all that this image tells."""
         if (calibration := self.model.bundle.calibration) is not None:
             curve = calibration.curve(bool(candidate.has_camera))
             candidate.confidence_alone = curve.confidence(features_of(candidate))
             candidate.confidence = candidate.confidence_alone
-        return self.judge(candidate)
+        candidate.status = self.judge(candidate)
 
     def _check_geometry(
         self, candidate: Candidate, description: Description, camera: Camera | None
@@ -303,7 +311,9 @@ class LoopDetector:
             query_centres * pixels, candidate.points * pixels, ZOOM_DISTANCE_PX
         )
 
-    def _check_pictures(self, candidate: Candidate, description: Description) -> None:
+    def _check_pictures(
+        self, candidate: Candidate, picture: bytes, description: Description
+    ) -> None:
         """Which of the matches look alike pixel by pixel, and agree with each other.
 
         To a network two windows are alike; in pixels only one window is.
@@ -311,9 +321,7 @@ class LoopDetector:
         assert candidate.matches is not None and candidate.points is not None
         query_centres = description.centres[candidate.matches.query]
         pixels = np.array(self.model.bundle.image_size)
-        points, found = find_again(
-            description.picture, query_centres, self._picture(candidate.keyframe), candidate.points
-        )
+        points, found = find_again(description.picture, query_centres, picture, candidate.points)
         candidate.found_points, candidate.found = points, found
         candidate.num_correlated = count_rigid(
             query_centres[found] * pixels, points[found] * pixels, RIGID_TOLERANCE_PX

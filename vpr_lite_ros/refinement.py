@@ -220,7 +220,7 @@ def find_again(
     return centres, found
 
 
-@lru_cache(maxsize=4)  # one query is compared with many keyframes
+@lru_cache(maxsize=16)  # one query is compared with many keyframes, several at once
 def _grey(picture: bytes) -> NDArray[np.float32] | None:
     if not picture:
         return None
