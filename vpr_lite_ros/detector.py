@@ -268,16 +268,22 @@ class LoopDetector:
                 )
                 candidate.status = self.judge(candidate)
             matched = [one for one in similar if one.status is Status.NOT_BEST]
-            pictures = [self._picture(one.keyframe) for one in matched]
+            self._check(matched, description, camera)
 
-            def check(candidate: Candidate, picture: bytes) -> None:
-                self._check_geometry(candidate, description, camera)
-                self._check_pictures(candidate, picture, description)
-                self._weigh(candidate)
+    def _check(
+        self, matched: Sequence[Candidate], description: Description, camera: Camera | None
+    ) -> None:
+        """Judge matched candidates by their geometry and their pictures, several at once."""
+        pictures = [self._picture(candidate.keyframe) for candidate in matched]
 
-            threads = min(self.config.threads or os.cpu_count() or 1, MOST_THREADS)
-            with ThreadPoolExecutor(threads, "check") as pool:  # OpenCV's steps run side by side
-                list(pool.map(check, matched, pictures))
+        def check(candidate: Candidate, picture: bytes) -> None:
+            self._check_geometry(candidate, description, camera)
+            self._check_pictures(candidate, picture, description)
+            self._weigh(candidate)
+
+        threads = min(self.config.threads or os.cpu_count() or 1, MOST_THREADS)
+        with ThreadPoolExecutor(threads, "check") as pool:  # OpenCV lets other threads run
+            list(pool.map(check, matched, pictures))
 
     def _weigh(self, candidate: Candidate) -> None:
         """Judge a candidate by all that this image tells."""
