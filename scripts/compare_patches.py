@@ -1,68 +1,103 @@
 """How many patches an image needs: recall and time by `max_patches`.
 
-`python scripts/compare_patches.py NETWORKS DATA [--patches 1131 800 ...]` exports the checkpoint
-(`networks.safetensors` beside a bundle) once for each number, re-ranks ten candidates of each
-frame of the benchmarks in DATA, and prints a table: Recall@1 of each benchmark, and milliseconds
-(medians) to describe an image and to match ten candidates. Confidence is left out: it belongs to
-one number of patches, so candidates are ranked by match score.
+`python scripts/compare_patches.py NETWORKS [--patches 1131 800 ...] [--towns 8]` exports the
+checkpoint (`networks.safetensors` beside a bundle) once for each number and drives each through
+drawn towns, whose camera is known. It prints Recall@1 of ten candidates by match score and by
+confidence, fitted to the other towns; what three keyframes in a row recall at a precision of 0.98
+and 0.95; and milliseconds (medians) to describe an image, and to match and verify ten candidates.
 """
 
 import argparse
 import tempfile
-import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from vpr_lite_ros.benchmarks import find_benchmarks, read_frames
+from vpr_lite_ros.benchmarks import Benchmark, find_benchmarks, read_frames
+from vpr_lite_ros.calibration import FEATURES
+from vpr_lite_ros.config import make_config
+from vpr_lite_ros.database import KeyframeDatabase
+from vpr_lite_ros.detector import LoopDetector
+from vpr_lite_ros.evaluation import precision_recall
 from vpr_lite_ros.export import export_bundle, load_networks
-from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import PlaceModel, open_model
-from vpr_lite_ros.measurement import evaluate
+from vpr_lite_ros.measurement import OPEN
+from vpr_lite_ros.training.calibrate import Cases, find_cases, regress
+from vpr_lite_ros.training.town import draw_town
 
 CANDIDATES = 10
-REPEATS = 15
+MIN_TIME_GAP_S = 30.0
+AGREEING = 3
+RADIUS_M = 5.0
+PRECISIONS = 0.98, 0.95
+STAGES = "place", "match", "verify"
 
 
-def time_it(model: PlaceModel, folder: Path) -> tuple[float, float]:
-    """Milliseconds to describe one image, and to match ``CANDIDATES``."""
-    (benchmark, *_) = find_benchmarks(folder)
-    frame = next(iter(read_frames(benchmark.queries)))
-    image = fit(frame.image, model.bundle.image_size)
-    candidates = np.repeat(model.describe(image).tokens[None], CANDIDATES, axis=0)
-    describe, match = [], []
-    for _ in range(REPEATS + 2):
-        began = time.perf_counter()
-        tokens = model.describe(image).tokens
-        described = time.perf_counter()
-        model.match(tokens, candidates)
-        describe.append(described - began)
-        match.append(time.perf_counter() - described)
-    # The first runs allocate.
-    return 1e3 * float(np.median(describe[2:])), 1e3 * float(np.median(match[2:]))
+def time_it(model: PlaceModel, benchmark: Benchmark) -> list[str]:
+    """Medians of each of ``STAGES``, in milliseconds, over the frames with ten candidates."""
+    bundle = model.bundle
+    keyframes = KeyframeDatabase(
+        "",
+        model_id=bundle.model_id,
+        dimension=bundle.dimension,
+        max_patches=bundle.max_patches,
+        session=benchmark.name,
+    )
+    config = make_config({**OPEN, "keyframe.max_similarity": 1.0, "top_k": CANDIDATES})
+    taken = []
+    with closing(keyframes):
+        detector = LoopDetector(config, model, keyframes)
+        for frame in read_frames(benchmark.queries):
+            decision = detector.process(frame.image, frame.stamp_ns, camera=benchmark.camera)
+            if len(decision.candidates) == CANDIDATES:
+                taken.append([decision.timings_ms[stage] for stage in STAGES])
+    return [f"{milliseconds:.0f} ms" for milliseconds in np.median(np.array(taken), axis=0)]
+
+
+def measure(towns: Sequence[Cases], model: PlaceModel) -> list[str]:
+    """Recall@1 by match score and by confidence, and what closures recall at two precisions."""
+    by_score, by_confidence, findable = 0, 0, 0
+    sure: list[float] = []
+    right: list[bool] = []
+    for town in towns:
+        curve = regress([other for other in towns if other is not town])
+        confidence = np.array([curve.confidence(row) for row in town.values.tolist()])
+        findable += int(town.benchmark.findable(MIN_TIME_GAP_S).sum())
+        # A true candidate is of a frame that has one.
+        by_score += int(town.true[town.best(town.values[:, FEATURES.index("match")])].sum())
+        by_confidence += int(town.true[town.best(confidence)].sum())
+        scores, true = town.closures(confidence, model, AGREEING)
+        sure, right = sure + scores, right + true
+    found = precision_recall(np.array(sure), np.array(right, np.bool_), findable)
+    at = [found.recall[found.precision >= target].max(initial=0.0) for target in PRECISIONS]
+    return [f"{value:.3f}" for value in (by_score / findable, by_confidence / findable, *at)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("networks", type=Path)
-    parser.add_argument("data", type=Path)
     parser.add_argument("--patches", type=int, nargs="+", default=[1131, 800, 400, 200, 100])
+    parser.add_argument("--towns", type=int, default=8)
     args = parser.parse_args()
-    names = [benchmark.name for benchmark in find_benchmarks(args.data)]
-    print(f"| patches | {' | '.join(names)} | describe | match {CANDIDATES} |")
-    print("|---" * (len(names) + 3) + "|")
-    for patches in args.patches:
-        with tempfile.TemporaryDirectory() as folder:
+    print(f"| patches | score | confidence | {' | '.join(map(str, (*PRECISIONS, *STAGES)))} |")
+    print("|---" * (3 + len(PRECISIONS) + len(STAGES)) + "|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = [
+            draw_town(seed, Path(folder) / f"town {seed}") for seed in range(1, args.towns + 1)
+        ]
+        benchmarks = [one for town in drawn for one in find_benchmarks(town, radius_m=RADIUS_M)]
+        for patches in args.patches:
             place, match, about = load_networks(args.networks, patches)
             bundle = export_bundle(place, match, about, Path(folder) / "bundle", name="patches")
             model = open_model(bundle)
-            times = time_it(model, args.data)
-            found = []
-            for benchmark in find_benchmarks(args.data):
-                report = evaluate(benchmark, model, rerank=CANDIDATES)
-                found.append(f"{report['reranked']['recall_at_1']:.3f}")
-        row = [str(patches), *found, *(f"{milliseconds:.0f} ms" for milliseconds in times)]
-        print(f"| {' | '.join(row)} |", flush=True)
+            towns = [
+                find_cases(model, one, top_k=CANDIDATES, min_time_gap_s=MIN_TIME_GAP_S)
+                for one in benchmarks
+            ]
+            row = [str(patches), *measure(towns, model), *time_it(model, benchmarks[0])]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

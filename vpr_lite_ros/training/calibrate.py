@@ -139,7 +139,9 @@ def calibrate_bundle(
         )
 
     def cases_of(chosen: Sequence[Benchmark]) -> list[Cases]:
-        return [_cases(model, one, top_k=top_k, min_time_gap_s=min_time_gap_s) for one in chosen]
+        return [
+            find_cases(model, one, top_k=top_k, min_time_gap_s=min_time_gap_s) for one in chosen
+        ]
 
     cases = cases_of([replace(benchmark, camera=None) for benchmark in benchmarks])
     fitted = {WITHOUT_CAMERA: _fit_curve(cases, model, min_agreeing)}
@@ -179,7 +181,16 @@ def calibrate_bundle(
     return _describe(told, model.bundle.name)
 
 
-def _cases(model: PlaceModel, benchmark: Benchmark, *, top_k: int, min_time_gap_s: float) -> Cases:
+def find_cases(
+    model: PlaceModel, benchmark: Benchmark, *, top_k: int, min_time_gap_s: float
+) -> Cases:
+    """What the detector says of each frame's ``top_k`` candidates, and which are true.
+
+    Raises
+    ------
+    TrainingError
+        If all are true, or none is.
+    """
     values: list[list[float]] = []
     frames: list[int] = []
     true: list[bool] = []
@@ -206,7 +217,7 @@ def _fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> 
     right: list[bool] = []
     for held_out in cases:
         others = [one for one in cases if one is not held_out]
-        curve = _regress(others)
+        curve = regress(others)
         confidence = np.array([curve.confidence(row) for row in held_out.values.tolist()])
         best = held_out.best(confidence)
         errors[held_out.name] = expected_calibration_error(confidence[best], held_out.true[best])
@@ -216,11 +227,12 @@ def _fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> 
         sure, right = sure + scores, right + true_closures
     known, true = np.concatenate(best_confidence), np.concatenate(best_true)
     table = _precision_table(np.array(sure), np.array(right, np.bool_))
-    final = replace(_regress(cases), precision=table)
+    final = replace(regress(cases), precision=table)
     return Fitted(final, errors, known, true)
 
 
-def _regress(cases: Sequence[Cases]) -> Curve:
+def regress(cases: Sequence[Cases]) -> Curve:
+    """P(true) fitted to the cases, without thresholds for a precision."""
     values = np.concatenate([one.values for one in cases])
     true = np.concatenate([one.true for one in cases])
     # Long sequences count for no more than short ones.
