@@ -24,7 +24,7 @@ from vpr_lite_ros.evaluation import precision_recall
 from vpr_lite_ros.export import export_bundle, load_networks
 from vpr_lite_ros.inference import PlaceModel, open_model
 from vpr_lite_ros.measurement import OPEN
-from vpr_lite_ros.training.calibrate import Cases, find_cases, regress
+from vpr_lite_ros.training.calibrate import Cases, find_cases, fit_curve
 from vpr_lite_ros.training.town import draw_town
 
 CANDIDATES = 10
@@ -58,21 +58,15 @@ def time_it(model: PlaceModel, benchmark: Benchmark) -> list[str]:
 
 def measure(towns: Sequence[Cases], model: PlaceModel) -> list[str]:
     """Recall@1 by match score and by confidence, and what closures recall at two precisions."""
-    by_score, by_confidence, findable = 0, 0, 0
-    sure: list[float] = []
-    right: list[bool] = []
-    for town in towns:
-        curve = regress([other for other in towns if other is not town])
-        confidence = np.array([curve.confidence(row) for row in town.values.tolist()])
-        findable += int(town.benchmark.findable(MIN_TIME_GAP_S).sum())
-        # A true candidate is of a frame that has one.
-        by_score += int(town.true[town.best(town.values[:, FEATURES.index("match")])].sum())
-        by_confidence += int(town.true[town.best(confidence)].sum())
-        scores, true = town.closures(confidence, model, AGREEING)
-        sure, right = sure + scores, right + true
-    found = precision_recall(np.array(sure), np.array(right, np.bool_), findable)
+    fitted = fit_curve(towns, model, AGREEING)
+    findable = sum(int(town.benchmark.findable(MIN_TIME_GAP_S).sum()) for town in towns)
+    # A true candidate is of a frame that has one.
+    match = FEATURES.index("match")
+    by_score = sum(int(town.true[town.best(town.values[:, match])].sum()) for town in towns)
+    found = precision_recall(fitted.closures, fitted.closures_true, findable)
     at = [found.recall[found.precision >= target].max(initial=0.0) for target in PRECISIONS]
-    return [f"{value:.3f}" for value in (by_score / findable, by_confidence / findable, *at)]
+    recall = (by_score / findable, fitted.true.sum() / findable, *at)
+    return [f"{value:.3f}" for value in recall]
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ PLANAR_TOLERANCE_PX = 24.0
 RIGID_TOLERANCE_PX = 0.5
 """Of the network's input: correlation finds points to a fraction of a pixel."""
 MOST_THREADS = 4
-"""Candidates that are checked at once. Python's own steps take turns: more would gain little."""
+"""Candidates that are checked at once. Python's own steps take turns: each more gains less."""
 ZOOM_DISTANCE_PX = 60.0
 """Of the network's input: points nearer to each other than this tell no zoom."""
 

@@ -90,6 +90,9 @@ class Fitted:
     confidence: NDArray[np.float64]
     true: NDArray[np.bool_]
     """Of each frame's surest candidate, of all sequences."""
+    closures: NDArray[np.float64]
+    closures_true: NDArray[np.bool_]
+    """How sure the detector is of its closures, of all sequences, and which of them are true."""
 
 
 def calibrate_bundle(
@@ -144,10 +147,10 @@ def calibrate_bundle(
         ]
 
     cases = cases_of([replace(benchmark, camera=None) for benchmark in benchmarks])
-    fitted = {WITHOUT_CAMERA: _fit_curve(cases, model, min_agreeing)}
+    fitted = {WITHOUT_CAMERA: fit_curve(cases, model, min_agreeing)}
     with_camera = [benchmark for benchmark in benchmarks if benchmark.camera]
     if len(with_camera) >= 2:
-        fitted[WITH_CAMERA] = _fit_curve(cases_of(with_camera), model, min_agreeing)
+        fitted[WITH_CAMERA] = fit_curve(cases_of(with_camera), model, min_agreeing)
     else:  # nothing tells what a camera's motion adds
         log.warning("fewer than two sequences name their camera: confidence will make no use of it")
     draw(cases, fitted, picture)
@@ -210,14 +213,17 @@ def find_cases(
     return Cases(benchmark, found, np.array(values), np.array(frames, np.int64), labels)
 
 
-def _fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> Fitted:
-    """A curve, measured on each sequence with all others'."""
+def fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> Fitted:
+    """A curve, measured on each sequence with all others'.
+
+    ``min_agreeing`` keyframes in a row must point to a place for a closure.
+    """
     errors, best_confidence, best_true = {}, [], []
     sure: list[float] = []
     right: list[bool] = []
     for held_out in cases:
         others = [one for one in cases if one is not held_out]
-        curve = regress(others)
+        curve = _regress(others)
         confidence = np.array([curve.confidence(row) for row in held_out.values.tolist()])
         best = held_out.best(confidence)
         errors[held_out.name] = expected_calibration_error(confidence[best], held_out.true[best])
@@ -226,13 +232,12 @@ def _fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> 
         scores, true_closures = held_out.closures(confidence, model, min_agreeing)
         sure, right = sure + scores, right + true_closures
     known, true = np.concatenate(best_confidence), np.concatenate(best_true)
-    table = _precision_table(np.array(sure), np.array(right, np.bool_))
-    final = replace(regress(cases), precision=table)
-    return Fitted(final, errors, known, true)
+    closures, closures_true = np.array(sure), np.array(right, np.bool_)
+    final = replace(_regress(cases), precision=_precision_table(closures, closures_true))
+    return Fitted(final, errors, known, true, closures, closures_true)
 
 
-def regress(cases: Sequence[Cases]) -> Curve:
-    """P(true) fitted to the cases, without thresholds for a precision."""
+def _regress(cases: Sequence[Cases]) -> Curve:
     values = np.concatenate([one.values for one in cases])
     true = np.concatenate([one.true for one in cases])
     # Long sequences count for no more than short ones.
