@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -502,6 +503,28 @@ def test_the_same_images_give_the_same_decisions(
         return seen
 
     assert run("one", 1) == run("two", 4) != []
+
+
+@pytest.mark.parametrize(("threads", "used"), [(1, 1), (3, 3), (9, 4)])
+def test_threads_bounds_how_many_candidates_are_checked_at_once(
+    make_detector: MakeDetector,
+    make_picture: MakePicture,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    used: int,
+) -> None:
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, name: str) -> None:
+            asked.append(workers)
+            super().__init__(workers, name)
+
+    monkeypatch.setattr("vpr_lite_ros.detector.ThreadPoolExecutor", Pool)
+    detector = make_detector(threads=threads)
+    detector.process(make_picture(0), 0)
+    detector.process(make_picture(1), 100 * SECOND)
+    assert asked == [used]
 
 
 def test_localization_decides_as_mapping_does_and_stores_nothing(
