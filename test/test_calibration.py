@@ -235,7 +235,7 @@ def test_matches_agree_with_a_camera_or_else_with_a_plane(
         (candidate,) = decision.candidates
         # The same picture: matches stay where they are, to some pixels, and that fits both.
         assert candidate.num_matches >= 10
-        assert candidate.agreement >= (0.8 if known else 1) * candidate.num_matches
+        assert candidate.agreement >= (0.6 if known else 1) * candidate.num_matches
         assert candidate.num_inliers == (candidate.agreement if known else 0)
         assert candidate.zoom == pytest.approx(0.0, abs=0.02)
         curve = CURVE if known else PLAIN
@@ -370,6 +370,31 @@ def test_the_precision_table_by_hand() -> None:
     # The surest is false: nothing reaches more than what all of them reach.
     table = dict(_precision_table(confidence, np.array([False, True, True, True, True])))
     assert table == {target: 0.5 if target <= 0.8 else 1.0 for target in TARGETS}
+
+
+def test_units_do_not_matter_and_one_that_never_varies_tells_nothing(
+    walks: Sequence[Benchmark],
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    from vpr_lite_ros.training.calibrate import Cases, _regress
+
+    rng = np.random.default_rng(0)
+    true = rng.random(400) < 0.3
+    values = rng.standard_normal((400, 5)) + 0.5 * true[:, None]
+    values[:, 2:] += 3.0
+    values[:, 4] = 3.0
+    units = np.array([1.0, 1e-3, 1e3, 1.0, 1.0])
+    frame = np.arange(400)
+    plain, scaled = (
+        _regress([Cases(walks[0], [], numbers, frame, true)])
+        for numbers in (values, values * units)
+    )
+    expected = [plain.confidence(row) for row in values.tolist()]
+    assert np.mean(expected) == pytest.approx(true.mean(), abs=1e-3)
+    in_other_units = [scaled.confidence(row) for row in (values * units).tolist()]
+    assert in_other_units == pytest.approx(expected, abs=1e-4)
+    assert plain.weights[4] == 0
+    assert all(weight > 0.1 for weight in plain.weights[:4])
 
 
 def test_precision_is_that_of_closures_that_agree(tiny_model: PlaceModel) -> None:

@@ -34,7 +34,7 @@ BUNDLE_FORMAT = 2
 TENSORRT, ONNXRUNTIME_CUDA = "tensorrt", "onnxruntime-cuda"
 ALIKE_COSINE, ALIKE_SCORE = 0.999, 0.02
 """How alike two backends must describe an image, and score its match with itself."""
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v6"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v9"
 """The model bundle that ships with the package."""
 
 Arrays = dict[str, NDArray[Any]]

@@ -135,7 +135,7 @@ class PairMatcher(nn.Module):
     def __init__(
         self,
         dimension: int = 512,
-        sinkhorn_iterations: int = 20,
+        sinkhorn_iterations: int = 10,
         temperature: float = 40.0,
         dustbin: float = 0.7,
     ) -> None:
