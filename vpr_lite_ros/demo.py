@@ -416,8 +416,14 @@ class Player:
                 self._expected.clear()
 
     def wait_for_last_words(self) -> None:
-        """Wait for the last decision, and for diagnostics that count the last image."""
+        """Wait for the last decision and closure, and for diagnostics that count the last image."""
         self._let_node_follow(ahead=0)
+        # Topics overtake each other: a closure may come seconds after the decision for it.
+        heard = self.heard
+        accepted = Status.ACCEPTED.name
+        self._spin_until(
+            lambda: len(heard.closures) >= heard.statuses[accepted], DECISION_TIMEOUT_S
+        )
         before = self._diagnostics_heard.copy()
         # The first one after the last image may have been on its way already. A back end puts
         # out its path between two of its diagnostics.
