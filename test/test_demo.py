@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,30 @@ def test_demo_plays_a_bag_and_reports(bag: Path, tiny_bundle: Path, tmp_path: Pa
     for name in report["pictures"]:
         assert (tmp_path / name).stat().st_size > 1000
     assert report["stopped"] is None
+
+
+def test_closures_that_come_after_the_last_diagnostics_are_waited_for() -> None:
+    """As DDS may deliver them; it cannot be made to, so what the executor takes is made up."""
+    from vpr_lite_ros.demo import NODE, Heard, Player
+
+    player = object.__new__(Player)
+    player.heard, player.processes = Heard(), []
+    player._expected, player._interrupted = deque(), False
+    player._diagnostics_heard = Counter({NODE: 1})
+    player.heard.statuses["ACCEPTED"] = 2
+
+    class Executor:
+        taken = 0
+
+        def spin_once(self, timeout_sec: float) -> None:
+            self.taken += 1
+            player._diagnostics_heard[NODE] += 1
+            if self.taken in (5, 9):
+                player.heard.closures.append(Any)
+
+    player._executor = Executor()  # type: ignore[assignment]
+    player.wait_for_last_words()
+    assert len(player.heard.closures) == 2
 
 
 def test_ctrl_c_leaves_what_is_finished(bag: Path, tiny_bundle: Path, tmp_path: Path) -> None:
