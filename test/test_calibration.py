@@ -372,7 +372,7 @@ def test_the_precision_table_by_hand() -> None:
     assert table == {target: 0.5 if target <= 0.8 else 1.0 for target in TARGETS}
 
 
-def test_units_do_not_matter_and_one_that_never_varies_tells_nothing(
+def test_neither_units_nor_how_many_sequences_there_are_change_what_is_learned(
     walks: Sequence[Benchmark],
 ) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -385,15 +385,15 @@ def test_units_do_not_matter_and_one_that_never_varies_tells_nothing(
     values[:, 4] = 3.0
     units = np.array([1.0, 1e-3, 1e3, 1.0, 1.0])
     frame = np.arange(400)
-    plain, scaled = (
-        _regress([Cases(walks[0], [], numbers, frame, true)])
-        for numbers in (values, values * units)
-    )
+    cases = Cases(walks[0], [], values, frame, true)
+    plain, twice = _regress([cases]), _regress([cases, cases])
+    scaled = _regress([replace(cases, values=values * units)])
+    assert twice.weights == pytest.approx(plain.weights, rel=1e-3)
     expected = [plain.confidence(row) for row in values.tolist()]
     assert np.mean(expected) == pytest.approx(true.mean(), abs=1e-3)
     in_other_units = [scaled.confidence(row) for row in (values * units).tolist()]
     assert in_other_units == pytest.approx(expected, abs=1e-4)
-    assert plain.weights[4] == 0
+    assert plain.weights[4] == 0  # it never varies
     assert all(weight > 0.1 for weight in plain.weights[:4])
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from vpr_lite_ros.benchmarks import Benchmark
 from vpr_lite_ros.calibration import (
@@ -41,8 +42,8 @@ log = logging.getLogger(__name__)
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 """Precisions of which the least confidence that reaches them is noted."""
 _LEEWAY = 150.0
-"""Inverse of the penalty on weights. Less fits drawn towns worse, more all else: chosen by the
-likelihood of towns by night and in one lane, and of walks (docs/training.md)."""
+"""Inverse of the penalty on weights. A larger one fits the towns that it is fitted to better, and
+towns by night, the same lane driven twice and walks worse (docs/training.md)."""
 THINNED_OUT = 0.01
 """Share of true candidates that may fall below the recommended similarity and match score."""
 
@@ -243,19 +244,17 @@ def fit_curve(cases: Sequence[Cases], model: PlaceModel, min_agreeing: int) -> F
 def _regress(cases: Sequence[Cases]) -> Curve:
     values = np.concatenate([one.values for one in cases])
     true = np.concatenate([one.true for one in cases])
-    # Long sequences count for no more than short ones, and many leave the penalty what it is: what
-    # the next place differs in, they do not tell.
+    # Long sequences count for no more than short ones, and many leave the penalty what it is: how
+    # the next place differs from all of them, they do not tell.
     shares = np.concatenate([np.full(len(one.true), 1 / len(one.true)) for one in cases])
     shares /= len(cases)
     # In units of its own spread: the penalty would else hold down most what varies least.
-    mean, spread = values.mean(axis=0), values.std(axis=0)
-    spread[spread == 0] = 1.0
+    scaler = StandardScaler().fit(values)
     regression = LogisticRegression(C=_LEEWAY, max_iter=1000)
-    found = regression.fit((values - mean) / spread, true, sample_weight=shares)
-    weights = found.coef_[0] / spread
-    return Curve(
-        float(found.intercept_[0] - weights @ mean), tuple(weights.tolist()), ((0.0, 0.0),)
-    )
+    found = regression.fit(scaler.transform(values), true, sample_weight=shares)
+    weights = found.coef_[0] / scaler.scale_
+    bias = found.intercept_[0] - weights @ scaler.mean_
+    return Curve(float(bias), tuple(weights.tolist()), ((0.0, 0.0),))
 
 
 def _precision_table(

@@ -87,7 +87,7 @@ class FitConfig(ThresholdsConfig):
     max_patches: int = 400
     temperature: float = 40.0
     """Of the optimal transport: what inner products are multiplied with."""
-    dustbin: float = 0.7
+    dustbin: float = 0.6
     """Inner product below which two patches are rather no match."""
 
 
