@@ -22,7 +22,7 @@ from std_msgs.msg import Header
 
 from vpr_lite_ros import messages
 from vpr_lite_ros.candidate import Decision
-from vpr_lite_ros.database import Pose
+from vpr_lite_ros.database import DatabaseError, Pose
 from vpr_lite_ros.detector import LoopDetector
 from vpr_lite_ros.image import draw_matches
 from vpr_lite_ros.matching import Camera, Status
@@ -42,15 +42,22 @@ class Graph:
 
     def __init__(self) -> None:
         self.sent: dict[str, list[Any]] = {}
+        self.order: list[str] = []
+        """Topics, in the order in which they were published on."""
         self.listeners: dict[str, int] = {}
         self.qos: dict[str, Any] = {}
 
     def create_publisher(self, _: type, topic: str, qos: Any) -> Any:
         sent = self.sent[topic] = []
         self.qos[topic] = qos
+
+        def publish(message: Any) -> None:
+            sent.append(message)
+            self.order.append(topic)
+
         return SimpleNamespace(
             topic=topic,
-            publish=sent.append,
+            publish=publish,
             get_subscription_count=lambda: self.listeners.get(topic, 0),
         )
 
@@ -131,6 +138,7 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     assert not (sent["~/match_image"] or sent["~/markers"] or sent["keyframes"])
 
     graph.listeners |= {"~/match_image": 1, "~/markers": 1, "keyframes": 1}
+    graph.order.clear()
     picture = make_picture(2, SIZE)
     decision = publisher.show(picture, 9)
     closure = decision.closure
@@ -140,6 +148,8 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     assert (said.match_id, said.status, said.robot_id) == (2, Status.ACCEPTED, 5)
     assert (said.header.frame_id, said.latency_ms) == ("base_link", 12.5)
     assert list(publisher.outputs.closures) == sent["loop_closures"]
+    large = ["keyframes", "~/match_image", "~/markers"]
+    assert graph.order == [*large, *["~/decisions"] * 2, "loop_closures"], "large ones go first"
     counts = publisher.tally.values()
     assert (counts["decisions: ACCEPTED"], counts["decisions: NO_CANDIDATE"]) == ("2", "3")
 
@@ -177,6 +187,31 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
         keyframe.centres[3] = where
         with pytest.raises(ValueError, match="robot 5 has"):
             messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_closure(
+    make_detector: MakeDetector,
+    make_picture: MakePicture,
+    tf: Tf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    detector = make_detector(top_k=2, min_time_gap_s=3.0, similarity_threshold=0.9)
+    publisher = Publisher(detector)
+    graph = publisher.graph
+    for i in range(7):
+        publisher.show(make_picture(1 + i, SIZE), 1 + i)
+    graph.listeners["~/match_image"] = 1
+
+    def damaged(_: int) -> bytes:
+        raise DatabaseError("picture 1 is damaged")
+
+    monkeypatch.setattr(detector, "_picture", lambda _: b"")
+    monkeypatch.setattr(detector.database, "thumbnail", damaged)
+    with pytest.raises(DatabaseError, match="is damaged"):
+        publisher.show(make_picture(1, SIZE), 8)
+    assert [one.match_id for one in graph.sent["loop_closures"]] == [1]
+    assert graph.sent["~/decisions"][-2].status == Status.ACCEPTED
+    assert not graph.sent["~/match_image"]
 
 
 def test_where_the_camera_is_is_asked_until_tf_knows(

@@ -98,25 +98,33 @@ class Outputs:
         odometry_frame: str,
         latency_ms: float,
     ) -> None:
-        """Say what was decided on the image of ``header``, and show it to those who listen."""
+        """Say what was decided on the image of ``header``, and show it to those who listen.
+
+        What is large goes first. All that a process publishes shares a small buffer (of Fast DDS's
+        shared memory, half a megabyte), in which a picture overwrites messages that were not taken
+        out yet: they are sent again, but up to three seconds later.
+        """
         outgoing = self.to_messages(decision, header.frame_id, latency_ms)
-        for message in outgoing:
-            self._tally.count(f"decisions: {Status(message.status).name}")
-            self._decision_topic.publish(message)
-        if self._keyframe_topic.get_subscription_count():
-            self._share(decision, header, camera)
         if decision.closure is not None:
             self.closures.append(outgoing[0])
-            self._closure_topic.publish(outgoing[0])
-            if self._match_image_topic.get_subscription_count():
+        try:
+            if self._keyframe_topic.get_subscription_count():
+                self._share(decision, header, camera)
+            if decision.closure is not None and self._match_image_topic.get_subscription_count():
                 self._publish_match_image(decision, image)
-        if self._marker_topic.get_subscription_count():
-            with self._lock:
-                poses = self._database.poses()
-            closures = list(self.closures)
-            self._marker_topic.publish(
-                messages.to_markers(odometry_frame, poses, self._database.session, closures)
-            )
+            if self._marker_topic.get_subscription_count():
+                with self._lock:
+                    poses = self._database.poses()
+                closures = list(self.closures)
+                self._marker_topic.publish(
+                    messages.to_markers(odometry_frame, poses, self._database.session, closures)
+                )
+        finally:  # a picture that cannot be drawn costs no closure
+            for message in outgoing:
+                self._tally.count(f"decisions: {Status(message.status).name}")
+                self._decision_topic.publish(message)
+            if decision.closure is not None:
+                self._closure_topic.publish(outgoing[0])
 
     def to_messages(
         self, decision: Decision, camera_frame: str, latency_ms: float
