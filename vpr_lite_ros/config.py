@@ -227,7 +227,7 @@ class Config:
     epipolar_tolerance_px: float = _parameter(
         3.0,
         "How far a match may lie from its epipolar line, in pixels of the network's input. "
-        "Matches are found to 3 px in the median, 6 px at 90%.",
+        "Matches are found to 3 px in the median, 7 px at 90%.",
         minimum=0.1,
         maximum=100,
         live=True,

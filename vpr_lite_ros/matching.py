@@ -20,6 +20,10 @@ _OF_FUNDAMENTAL, _OF_ZOOM = 8, 8
 """Fewer matches say nothing."""
 _ZOOM_STEPS = (2, 3, 4, 5)
 """Each match is paired with those that come so many parts of the whole list after it."""
+MOST_SAMPLES = 300
+"""Samples that RANSAC draws: enough for a motion that half of the matches agree with, as those of
+a place do; candidates of other places need all of them. More do not tell places better, in twice
+the time (docs/training.md)."""
 _NO_PARALLAX = 0.9
 """A rotation that explains this share of the matches that the best motion explains is preferred."""
 
@@ -191,7 +195,10 @@ def _mean_place(
 
 
 def fit_epipolar(
-    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+    query_rays: NDArray[np.float64],
+    candidate_rays: NDArray[np.float64],
+    tolerance: float,
+    samples: int = MOST_SAMPLES,
 ) -> EpipolarFit | None:
     """The camera motion that most matches agree with, or None if there is none.
 
@@ -204,11 +211,13 @@ def fit_epipolar(
         (M, 2) matched points as ``Camera.rays`` gives them.
     tolerance
         Largest distance to the epipolar line, in the same unit (radians near the axis).
+    samples
+        Most that RANSAC draws.
     """
     if len(query_rays) < 5:
         return None
-    turn = fit_rotation(query_rays, candidate_rays, tolerance)
-    motion, before = _fit_motion(query_rays, candidate_rays, tolerance)
+    turn = fit_rotation(query_rays, candidate_rays, tolerance, samples)
+    motion, before = _fit_motion(query_rays, candidate_rays, tolerance, samples)
     if turn is None or motion is None or not before.any():
         return turn if turn is not None and turn.inliers.any() else motion
     # A motion has two numbers more to adapt to noise.
@@ -220,11 +229,14 @@ def fit_epipolar(
 
 
 def fit_rotation(
-    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+    query_rays: NDArray[np.float64],
+    candidate_rays: NDArray[np.float64],
+    tolerance: float,
+    samples: int = MOST_SAMPLES,
 ) -> EpipolarFit | None:
     """The rotation alone that most matches agree with; arguments as of ``fit_epipolar``."""
     found, _ = cv2.findHomography(
-        candidate_rays, query_rays, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
+        candidate_rays, query_rays, cv2.USAC_ACCURATE, tolerance, None, samples, 0.999
     )
     if found is None or not np.isfinite(found).all():
         return None
@@ -236,14 +248,23 @@ def fit_rotation(
 
 
 def _fit_motion(
-    query_rays: NDArray[np.float64], candidate_rays: NDArray[np.float64], tolerance: float
+    query_rays: NDArray[np.float64],
+    candidate_rays: NDArray[np.float64],
+    tolerance: float,
+    samples: int,
 ) -> tuple[EpipolarFit | None, NDArray[np.bool_]]:
     """The motion whose epipolar lines most matches lie on, and (M,) which of these lie in front."""
     # Graph-cut RANSAC, its samples drawn from a generator with a fixed start: same input, same
     # result. With 2 pixels of noise and a third of the matches wrong it keeps 99.7 to 100% of the
     # right ones, depending on the motion; MAGSAC kept 92 to 99% in twice the time.
     essential, _ = cv2.findEssentialMat(
-        candidate_rays, query_rays, np.eye(3), cv2.USAC_ACCURATE, 0.999, tolerance / 2, 1000
+        candidate_rays,
+        query_rays,
+        np.eye(3),
+        cv2.USAC_ACCURATE,
+        0.999,
+        tolerance / 2,
+        samples,
     )
     if essential is None or essential.shape != (3, 3) or not np.isfinite(essential).all():
         return None, np.zeros(len(query_rays), np.bool_)
@@ -287,7 +308,7 @@ def count_planar(
     if len(query_points) < 5:
         return 0
     _, inliers = cv2.findHomography(
-        candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, 1000, 0.999
+        candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, MOST_SAMPLES, 0.999
     )
     return 0 if inliers is None else int(inliers.sum())
 
@@ -307,7 +328,7 @@ def count_rigid(
         return 0
     try:
         _, inliers = cv2.findFundamentalMat(
-            candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, 1000
+            candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, MOST_SAMPLES
         )
     except cv2.error:  # no sample gave a matrix, which OpenCV does not expect
         return 0

@@ -47,6 +47,8 @@ _STARTS = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 0, -1]]) / np.array(
     [[1], [1], [2**0.5], [2**0.5]]
 )
 """Directions on the ground that the motion is looked for around, beside RANSAC's."""
+_SAMPLES = 1000
+"""That RANSAC draws at most, of points found again: this is done once for a closure."""
 _ROUNDS = 8
 _STEP = 1e-5
 
@@ -71,7 +73,7 @@ def refine_motion(
     """
     if len(query_rays) < MIN_OF_MOTION:
         return None
-    fit = fit_epipolar(query_rays, match_rays, tolerance)
+    fit = fit_epipolar(query_rays, match_rays, tolerance, _SAMPLES)
     enough = max(MIN_OF_MOTION, MIN_SHARE * len(query_rays))
     if fit is None or np.count_nonzero(fit.inliers) < enough:
         return None
@@ -97,7 +99,7 @@ def _best_of_several(
     """
     if not fit.direction.any():
         return fit
-    turn = fit_rotation(query_rays, match_rays, tolerance) or fit
+    turn = fit_rotation(query_rays, match_rays, tolerance, _SAMPLES) or fit
     others = [replace(turn, direction=start) for start in _STARTS]
     found = []
     for start in (fit, *others):
