@@ -72,7 +72,7 @@ def measure(towns: Sequence[Cases], model: PlaceModel) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("networks", type=Path)
-    parser.add_argument("--patches", type=int, nargs="+", default=[1131, 800, 400, 200, 100])
+    parser.add_argument("--patches", type=int, nargs="+", default=[1131, 800, 480, 400, 200, 100])
     parser.add_argument("--towns", type=int, default=8)
     args = parser.parse_args()
     print(f"| patches | score | confidence | {' | '.join(map(str, (*PRECISIONS, *STAGES)))} |")
