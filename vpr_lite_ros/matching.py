@@ -20,7 +20,7 @@ _OF_FUNDAMENTAL, _OF_ZOOM = 8, 8
 """Fewer matches say nothing."""
 _ZOOM_STEPS = (2, 3, 4, 5)
 """Each match is paired with those that come so many parts of the whole list after it."""
-MOST_SAMPLES = 300
+_MOST_SAMPLES = 300
 """Samples that RANSAC draws: enough for a motion that half of the matches agree with, as those of
 a place do; candidates of other places need all of them. More do not tell places better, in twice
 the time (docs/training.md)."""
@@ -198,7 +198,7 @@ def fit_epipolar(
     query_rays: NDArray[np.float64],
     candidate_rays: NDArray[np.float64],
     tolerance: float,
-    samples: int = MOST_SAMPLES,
+    samples: int = _MOST_SAMPLES,
 ) -> EpipolarFit | None:
     """The camera motion that most matches agree with, or None if there is none.
 
@@ -232,7 +232,7 @@ def fit_rotation(
     query_rays: NDArray[np.float64],
     candidate_rays: NDArray[np.float64],
     tolerance: float,
-    samples: int = MOST_SAMPLES,
+    samples: int = _MOST_SAMPLES,
 ) -> EpipolarFit | None:
     """The rotation alone that most matches agree with; arguments as of ``fit_epipolar``."""
     found, _ = cv2.findHomography(
@@ -308,7 +308,7 @@ def count_planar(
     if len(query_points) < 5:
         return 0
     _, inliers = cv2.findHomography(
-        candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, MOST_SAMPLES, 0.999
+        candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, None, _MOST_SAMPLES, 0.999
     )
     return 0 if inliers is None else int(inliers.sum())
 
@@ -328,7 +328,7 @@ def count_rigid(
         return 0
     try:
         _, inliers = cv2.findFundamentalMat(
-            candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, MOST_SAMPLES
+            candidate_points, query_points, cv2.USAC_ACCURATE, tolerance, 0.999, _MOST_SAMPLES
         )
     except cv2.error:  # no sample gave a matrix, which OpenCV does not expect
         return 0

@@ -47,8 +47,8 @@ _STARTS = np.array([[1, 0, 0], [0, 0, 1], [1, 0, 1], [1, 0, -1]]) / np.array(
     [[1], [1], [2**0.5], [2**0.5]]
 )
 """Directions on the ground that the motion is looked for around, beside RANSAC's."""
-_SAMPLES = 1000
-"""That RANSAC draws at most, of points found again: this is done once for a closure."""
+_MOST_SAMPLES = 1000
+"""That RANSAC draws of points found again: more than to compare candidates, for a closure alone."""
 _ROUNDS = 8
 _STEP = 1e-5
 
@@ -73,7 +73,7 @@ def refine_motion(
     """
     if len(query_rays) < MIN_OF_MOTION:
         return None
-    fit = fit_epipolar(query_rays, match_rays, tolerance, _SAMPLES)
+    fit = fit_epipolar(query_rays, match_rays, tolerance, _MOST_SAMPLES)
     enough = max(MIN_OF_MOTION, MIN_SHARE * len(query_rays))
     if fit is None or np.count_nonzero(fit.inliers) < enough:
         return None
@@ -99,7 +99,7 @@ def _best_of_several(
     """
     if not fit.direction.any():
         return fit
-    turn = fit_rotation(query_rays, match_rays, tolerance, _SAMPLES) or fit
+    turn = fit_rotation(query_rays, match_rays, tolerance, _MOST_SAMPLES) or fit
     others = [replace(turn, direction=start) for start in _STARTS]
     found = []
     for start in (fit, *others):
