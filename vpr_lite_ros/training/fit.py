@@ -29,6 +29,8 @@ SHARPNESS = 30.0
 COARSE = 0.6
 """Length of the VLAD at half the resolution beside that of the image, before PCA: more of it tells
 neighbours along a walk apart better, and streets worse (docs/training.md)."""
+VIEWS = 3
+"""Of each image, which ``views_of`` takes."""
 
 
 def fit_place_network(
@@ -41,55 +43,69 @@ def fit_place_network(
     max_patches: int,
     seed: int = 0,
 ) -> PlaceNetwork:
-    """Put clusters and whitening projections, of patches and of images, on top of ``backbone``.
+    """Put clusters and projections, of patches and of images, on top of ``backbone``.
 
     Every image is seen as it is, once distorted (another light, season or camera) and once from
     a standpoint nearby, so that directions in which a place changes with the light or with the
-    standpoint have large variance and are whitened down. ``images`` must give at least
-    ``dimension`` pictures.
+    standpoint have large variance and are whitened down.
 
     Parameters
     ----------
+    images
+        ``VIEWS`` times as many must be ``dimension`` or more.
     clusters
         How many to find by k-means, or a NetVLAD whose clusters are trained already.
     """
-    if 3 * len(images) < dimension:
+    if VIEWS * len(images) < dimension:
         raise TrainingError(
             f"fit.images: {len(images)} images cannot span {dimension} dimensions: give more"
         )
-    trained = clusters if isinstance(clusters, NetVLAD) else None
     count = clusters.clusters if isinstance(clusters, NetVLAD) else clusters
     place = PlaceNetwork(image_size, count, dimension, max_patches)
-    place.backbone = backbone
+    place.backbone = backbone.eval().folded()  # the same, in less time
     place.eval()
     rng = np.random.default_rng(seed)
-    maps: list[tuple[Tensor, Tensor]] = []
-    for path in tqdm(images, desc="describe"):
-        image = fit(read_rgb(path), image_size)
-        moved = move(image, rng)
-        seen = (image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved)
-        maps += [(cells_of(place, picture), cells_of(place, picture, 2)) for picture in seen]
-    if trained:
-        place.vlad.assign, place.vlad.centroids = trained.assign, trained.centroids
+    if isinstance(clusters, NetVLAD):
+        place.vlad.assign, place.vlad.centroids = clusters.assign, clusters.centroids
     else:
-        chosen = [fine[rng.permutation(len(fine))[:FEATURES_PER_IMAGE]] for fine, _ in maps]
+        chosen = []
+        for path in tqdm(images, desc="find clusters"):
+            views = views_of(fit(read_rgb(path), image_size), rng)
+            cells = cells_of(place, torch.from_numpy(np.stack(views))).flatten(0, 1)
+            chosen.append(cells[rng.permutation(len(cells))[: VIEWS * FEATURES_PER_IMAGE]])
         fit_clusters(place.vlad, torch.cat(chosen), seed)
-    with torch.no_grad():
-        fine, coarse = (
-            torch.cat([place.vlad(cells[None]) for cells in both])
-            for both in zip(*maps, strict=True)
-        )
-    place.vlad.pca.set(*principal_components(fine, dimension))
-    place.whole.set(*principal_components(torch.cat([fine, COARSE * coarse], dim=1), dimension))
+    described = []
+    for path in tqdm(images, desc="describe"):
+        views = views_of(fit(read_rgb(path), image_size), rng)
+        described.append(vlads_of(place, torch.from_numpy(np.stack(views))))
+    place.backbone = backbone
+    vlads = torch.cat(described)
+    width = vlads.shape[1] // 2
+    place.vlad.pca.set(*principal_components(vlads[:, :width], dimension))
+    vlads[:, width:] *= COARSE
+    place.whole.set(*principal_components(vlads, dimension))
     with torch.no_grad():  # the network's own VLADs have length 1
-        place.whole.weight[:, fine.shape[1] :] *= COARSE
+        place.whole.weight[:, width:] *= COARSE
     return place
 
 
+def views_of(image: Image, rng: np.random.Generator) -> list[Image]:
+    """``VIEWS`` pictures: as it is, distorted, and moved, half of the time distorted, too."""
+    moved = move(image, rng)
+    return [image, distort(image, rng), distort(moved, rng) if rng.random() < 0.5 else moved]
+
+
 @torch.no_grad()
-def cells_of(place: PlaceNetwork, image: Image, shrink: int = 1) -> Tensor:
-    """(cells, 192) unit vectors of an image of the network's size, ``shrink`` times smaller."""
-    return F.normalize(place.local_features(torch.from_numpy(image)[None], shrink)[0], dim=1)
+def vlads_of(place: PlaceNetwork, images: Tensor) -> Tensor:
+    """VLADs (B, 2·K·C) of images (B, H, W, 3) at both resolutions, each of length 1."""
+    cells = cells_of(place, images)
+    return place.vlads(images, cells, place.vlad.soft_assign(cells))
+
+
+@torch.no_grad()
+def cells_of(place: PlaceNetwork, images: Tensor) -> Tensor:
+    """Unit vectors (B, cells, 192) of images (B, H, W, 3) of the network's size."""
+    return F.normalize(place.local_features(images), dim=2)
 
 
 def fit_clusters(vlad: NetVLAD, cells: Tensor, seed: int) -> None:
