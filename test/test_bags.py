@@ -277,18 +277,22 @@ def test_unusable_frames_are_counted_said_once_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = encoded(picture())
+    start = whole.tobytes().index(b"\xff\xc0") + 5
+    huge = whole[:start].tobytes() + b"\xfd\xe8" * 2 + whole[start + 4 :].tobytes()
     compressed = [
         jpeg(whole), jpeg(whole[: len(whole) // 2]), jpeg(whole[: len(whole) // 3]),
         jpeg(whole[:0]), jpeg(np.arange(200, dtype=np.uint8)),
         jpeg(encoded(picture(), ".png")[:-40]),
         jpeg(np.append(whole, np.zeros(9, np.uint8))),  # some cameras pad
+        jpeg(np.frombuffer(huge, np.uint8)),
     ]  # fmt: skip
     with caplog.at_level(logging.WARNING):
         path = write_bag(tmp_path / "a", [("/cam", n + 1, m) for n, m in enumerate(compressed)])
         with open_source(path) as source:
-            assert len(source) == 7
+            assert len(source) == 8
             assert len(list(source)) == 2
             assert source.skipped == {
+                "too many pixels": 1,
                 "truncated JPEG": 2,
                 "empty image": 1,
                 "undecodable image data": 1,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -182,6 +183,17 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     keyframe.thumbnail = array("B", bytes(200_001))
     with pytest.raises(ValueError, match="a picture of 200001 bytes"):
         messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+    small = description.picture
+    start = small.index(b"\xff\xc0") + 5
+    wide = cv2.imencode(".jpg", np.zeros((240, 400, 3), np.uint8))[1].tobytes()
+    for thumbnail, words in (
+        (small[:start] + b"\x75\x30" * 2 + small[start + 4 :], "says 30000x30000"),
+        (b"no picture", "cannot be decoded"),
+        (wide, "is 400 pixels wide"),
+    ):
+        keyframe.thumbnail = array("B", thumbnail)
+        with pytest.raises(ValueError, match=f"robot 5 has a picture .*{words}"):
+            messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
     keyframe.thumbnail = array("B")
     for where in (-0.1, 1e9, math.inf):
         keyframe.centres[3] = where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import cv2
@@ -13,6 +14,9 @@ Image = NDArray[np.uint8]
 
 MOST_ASPECT = 20
 """A picture is at most so many times as long as broad; panoramas are 8."""
+MOST_PIXELS = 1 << 27
+"""Of a compressed picture. A header that was damaged on its way may claim gigabytes, and OpenCV
+would take them before it sees that there is no such picture."""
 THUMBNAIL_WIDTH = 320
 """Pixels; a keyframe's picture for people takes some 15 kB."""
 
@@ -31,22 +35,23 @@ def decode_message(message: Any) -> Image:
     Raises
     ------
     ImageError
-        ``empty image``, ``unknown encoding``, ``truncated image``, ``broken compression`` or
-        ``not a picture``.
+        ``empty image``, ``unknown encoding``, ``truncated image``, ``broken compression``, ``too
+        many pixels`` or ``not a picture``.
     """
     from cv_bridge import CvBridge
 
     if len(message.data) == 0:
         raise ImageError("empty image", "the message has no data; is the camera delivering?")
     if hasattr(message, "format"):
-        picture = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_COLOR)
-        if picture is None or not _is_whole(message.data):
+        data = bytes(message.data)
+        image = decompress(data) if _is_whole(data) else None
+        if image is None:
             raise ImageError(
                 "broken compression",
-                f"{len(message.data)} bytes of format {message.format!r} do not decode to an "
+                f"{len(data)} bytes of format {message.format!r} do not decode to an "
                 "image; is the link losing packets?",
             )
-        return checked(np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8))
+        return checked(image)
     if message.height == 0 or message.width == 0:
         raise ImageError("empty image", f"size {message.width}x{message.height}")
     if len(message.data) < message.height * message.step:
@@ -63,6 +68,50 @@ def decode_message(message: Any) -> Image:
             "unknown encoding", f"{message.encoding!r} cannot be converted to RGB: {error}"
         ) from error
     return checked(image)
+
+
+def decompress(data: bytes, most_pixels: int = MOST_PIXELS) -> Image | None:
+    """The bytes of an image file (JPEG, PNG, …) to RGB; None if they are none.
+
+    Raises
+    ------
+    ImageError
+        ``too many pixels``, by the header of a JPEG or PNG.
+    """
+    width, height = claimed_size(data)
+    if width * height > most_pixels:
+        raise ImageError(
+            "too many pixels",
+            f"its header says {width}x{height}, at most {most_pixels:,} are decoded; is the link "
+            "damaging data?",
+        )
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error:  # OpenCV has a limit, too: 2³⁰ pixels of any format
+        return None
+    return (
+        None if picture is None else np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+    )
+
+
+def claimed_size(data: bytes) -> tuple[int, int]:
+    """Width and height by the header of a JPEG or PNG; (0, 0) where it is neither, or damaged."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return width, height
+    at = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _STARTS_OF_FRAME:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        # Segments say how long they are; between them there may be any number of fill bytes.
+        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return 0, 0
+
+
+# JPEG's, for each way to compress; those left out are tables.
+_STARTS_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def _packed(message: Any, bridge: Any) -> Any:
@@ -202,9 +251,9 @@ def draw_matches(
     return canvas
 
 
-def _is_whole(data: Any) -> bool:
+def _is_whole(data: bytes) -> bool:
     """False for a JPEG that ends early; decoders fill the missing part with grey."""
-    if bytes(data[:2]) != b"\xff\xd8":
+    if not data.startswith(b"\xff\xd8"):
         return True
     # Some drivers send their whole buffer: zeros after the end are no harm.
-    return b"\xff\xd9" in bytes(data).rstrip(b"\0")[-64:]
+    return b"\xff\xd9" in data.rstrip(b"\0")[-64:]

@@ -19,6 +19,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from vpr_lite_ros import relative_pose
 from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import Pose
+from vpr_lite_ros.image import MOST_ASPECT, THUMBNAIL_WIDTH, ImageError, decompress
 from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
@@ -26,8 +27,7 @@ from vpr_lite_ros.msg import LoopClosure
 from vpr_lite_ros.relative_pose import Mount, RelativePose, relative_pose_of
 
 MAX_PICTURE_BYTES = 200_000
-"""Of another robot's keyframe: ten times as many as there are in most, and too few to be decoded to
-gigabytes."""
+"""Of another robot's keyframe: ten times as many as there are in most."""
 
 
 def stamp_ns(stamp: Time) -> int:
@@ -203,10 +203,23 @@ def from_keyframe(
         raise ValueError(
             f"{who} has a picture of {len(picture)} bytes, not a small one of {MAX_PICTURE_BYTES}"
         )
+    if picture:
+        _check_picture(picture, who)
     camera = to_camera(message.camera_info) if any(message.camera_info.k) else None
     tokens = tokens.reshape(max_patches, dimension)
     known = depth if len(depth) else None
     return Description(descriptor, tokens, centres.reshape(-1, 2), known, picture), camera
+
+
+def _check_picture(picture: bytes, who: str) -> None:
+    """It is stored, and decoded for each image that it is a candidate of."""
+    try:
+        image = decompress(picture, THUMBNAIL_WIDTH**2 * MOST_ASPECT)
+    except ImageError as error:
+        raise ValueError(f"{who} has a picture of {error}") from error
+    if image is None or image.shape[1] > THUMBNAIL_WIDTH:
+        size = "cannot be decoded" if image is None else f"is {image.shape[1]} pixels wide"
+        raise ValueError(f"{who} has a picture that {size}: at most {THUMBNAIL_WIDTH} are expected")
 
 
 def to_markers(

@@ -12,7 +12,7 @@ from rosbags.image import ImageError, message_to_cvimage
 from rosbags.image.image import to_cvtype
 
 from vpr_lite_ros.image import ImageError as UnfitError
-from vpr_lite_ros.image import checked
+from vpr_lite_ros.image import checked, decompress
 
 # OpenCV's names for plain pixels say nothing about colour; drivers that use them mean these.
 _UNNAMED_COLOURS = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8"}
@@ -38,7 +38,7 @@ def decode_file(data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
     Raises
     ------
     UnusableImage
-        If the data is empty, cut short or no image.
+        If the data is empty, cut short or no image, or claims to be huge.
     """
     raw = bytes(data)
     if not raw:
@@ -50,10 +50,13 @@ def decode_file(data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
         raise UnusableImage("truncated JPEG")
     if raw.startswith(b"\x89PNG") and b"IEND" not in raw[-64:]:
         raise UnusableImage("truncated PNG")
-    bgr = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR)
-    if bgr is None:
+    try:
+        image = decompress(raw)
+    except UnfitError as error:
+        raise UnusableImage(error.cause) from error
+    if image is None:
         raise UnusableImage("undecodable image data")
-    return _as_uint8(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+    return _as_uint8(image)
 
 
 def decode_message(message: Any) -> NDArray[np.uint8]:
