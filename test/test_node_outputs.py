@@ -187,9 +187,11 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     start = small.index(b"\xff\xc0") + 5
     wide = cv2.imencode(".jpg", np.zeros((240, 400, 3), np.uint8))[1].tobytes()
     for thumbnail, words in (
-        (small[:start] + b"\x75\x30" * 2 + small[start + 4 :], "says 30000x30000"),
+        (small[:start] + b"\x75\x30" * 2 + small[start + 4 :], "too many pixels"),
+        (small[:start] + b"\x75\x30" + small[start + 2 :], "has 320x30000 pixels"),
+        (small[: len(small) // 60], "cannot be decoded"),
         (b"no picture", "cannot be decoded"),
-        (wide, "is 400 pixels wide"),
+        (wide, "has 400x240 pixels"),
     ):
         keyframe.thumbnail = array("B", thumbnail)
         with pytest.raises(ValueError, match=f"robot 5 has a picture .*{words}"):

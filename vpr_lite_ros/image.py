@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import struct
+import io
 from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
@@ -14,9 +15,6 @@ Image = NDArray[np.uint8]
 
 MOST_ASPECT = 20
 """A picture is at most so many times as long as broad; panoramas are 8."""
-MOST_PIXELS = 1 << 27
-"""Of a compressed picture. A header that was damaged on its way may claim gigabytes, and OpenCV
-would take them before it sees that there is no such picture."""
 THUMBNAIL_WIDTH = 320
 """Pixels; a keyframe's picture for people takes some 15 kB."""
 
@@ -70,48 +68,46 @@ def decode_message(message: Any) -> Image:
     return checked(image)
 
 
-def decompress(data: bytes, most_pixels: int = MOST_PIXELS) -> Image | None:
+def decompress(data: bytes) -> Image | None:
     """The bytes of an image file (JPEG, PNG, …) to RGB; None if they are none.
 
     Raises
     ------
     ImageError
-        ``too many pixels``, by the header of a JPEG or PNG.
+        ``too many pixels``, see ``claimed_size``.
     """
-    width, height = claimed_size(data)
-    if width * height > most_pixels:
-        raise ImageError(
-            "too many pixels",
-            f"its header says {width}x{height}, at most {most_pixels:,} are decoded; is the link "
-            "damaging data?",
-        )
+    if claimed_size(data) is None:
+        return None
     try:
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # OpenCV has a limit, too: 2³⁰ pixels of any format
+    except cv2.error:  # no side may be longer than 2²⁰ pixels
         return None
-    return (
-        None if picture is None else np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
-    )
+    if picture is None:
+        return None
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def claimed_size(data: bytes) -> tuple[int, int]:
-    """Width and height by the header of a JPEG or PNG; (0, 0) where it is neither, or damaged."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
-        width, height = struct.unpack_from(">II", data, 16)
-        return width, height
-    at = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in _STARTS_OF_FRAME:
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        # Segments say how long they are; between them there may be any number of fill bytes.
-        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
-    return 0, 0
+def claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the header of an image file; None if it is none, or a damaged PNG.
 
+    Numbers that were damaged on their way, the size or how long a PNG's parts are, may claim
+    gigabytes, which OpenCV would take before it sees that there is nothing behind them. Pillow
+    reads no pixels for this.
 
-# JPEG's, for each way to compress; those left out are tables.
-_STARTS_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+    Raises
+    ------
+    ImageError
+        ``too many pixels``: more than Pillow believes, 179 million.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as file:
+            size = file.size
+            file.verify()
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError("too many pixels", f"{error} Is the link damaging data?") from error
+    except Exception:  # each of its formats has its own for what makes no sense
+        return None
+    return size
 
 
 def _packed(message: Any, bridge: Any) -> Any:

@@ -19,7 +19,7 @@ from visualization_msgs.msg import Marker, MarkerArray
 from vpr_lite_ros import relative_pose
 from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import Pose
-from vpr_lite_ros.image import MOST_ASPECT, THUMBNAIL_WIDTH, ImageError, decompress
+from vpr_lite_ros.image import MOST_ASPECT, THUMBNAIL_WIDTH, ImageError, claimed_size, decompress
 from vpr_lite_ros.inference import Description
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
@@ -214,12 +214,17 @@ def from_keyframe(
 def _check_picture(picture: bytes, who: str) -> None:
     """It is stored, and decoded for each image that it is a candidate of."""
     try:
-        image = decompress(picture, THUMBNAIL_WIDTH**2 * MOST_ASPECT)
+        width, height = claimed_size(picture) or (0, 0)
+        problem = f"has {width}x{height} pixels"
+        if width <= THUMBNAIL_WIDTH and height <= MOST_ASPECT * width:
+            if decompress(picture) is not None:
+                return
+            problem = "cannot be decoded"
     except ImageError as error:
-        raise ValueError(f"{who} has a picture of {error}") from error
-    if image is None or image.shape[1] > THUMBNAIL_WIDTH:
-        size = "cannot be decoded" if image is None else f"is {image.shape[1]} pixels wide"
-        raise ValueError(f"{who} has a picture that {size}: at most {THUMBNAIL_WIDTH} are expected")
+        problem = f"has {error}"
+    raise ValueError(
+        f"{who} has a picture that {problem}; a JPEG {THUMBNAIL_WIDTH} wide is expected"
+    )
 
 
 def to_markers(
