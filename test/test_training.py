@@ -35,7 +35,12 @@ from vpr_lite_ros.training.augment import distort, random_crop
 from vpr_lite_ros.training.distill import Distill, DistillConfig
 from vpr_lite_ros.training.errors import TrainingError
 from vpr_lite_ros.training.files import image_files, read_rgb
-from vpr_lite_ros.training.fit import fit_place_network, k_means, principal_components
+from vpr_lite_ros.training.fit import (
+    fit_place_network,
+    k_means,
+    principal_components,
+    views_of,
+)
 from vpr_lite_ros.training.loop import devices, read_checkpoint, train
 from vpr_lite_ros.training.pretrained import load_pretrained, read_clusters
 from vpr_lite_ros.training.recipe import (
@@ -670,10 +675,20 @@ def test_images_are_whitened_at_both_resolutions(
         cells = F.normalize(place.local_features(images), dim=2)
         vlads = place.vlads(images, cells, place.vlad.soft_assign(cells))
         white = F.linear(vlads, place.whole.weight, place.whole.bias)
-    assert white.mean(dim=0).abs().max() < 1e-3
+        patches = F.linear(place.vlad(cells), place.vlad.pca.weight, place.vlad.pca.bias)
     # Each image was seen three times.
     count = 3 * len(files) - 1
-    assert torch.allclose(3 * white.T @ white / count, torch.eye(4), atol=1e-2)
+    for projected in (white, patches):
+        assert projected.mean(dim=0).abs().max() < 1e-3
+        assert torch.allclose(3 * projected.T @ projected / count, torch.eye(4), atol=1e-2)
+
+
+def test_an_image_is_fitted_as_it_is_distorted_and_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vpr_lite_ros.training.fit.distort", lambda image, _: image + 1)
+    monkeypatch.setattr("vpr_lite_ros.training.fit.move", lambda image, _: image + 2)
+    rng, image = np.random.default_rng(0), np.zeros((4, 6, 3), np.uint8)
+    seen = [tuple(int(view[0, 0, 0]) for view in views_of(image, rng)) for _ in range(50)]
+    assert set(seen) == {(0, 1, 2), (0, 1, 3)}
 
 
 def test_empty_clusters_need_a_stage_that_trains_some(
