@@ -65,9 +65,14 @@ def open_database(path: Path | str, patches: int, **changes: Any) -> KeyframeDat
     return KeyframeDatabase(path, max_patches=patches, **(arguments | changes))
 
 
+def parts_of(descriptor: NDArray[np.float32]) -> NDArray[np.float32]:
+    """As of an image whose parts look like the whole."""
+    return np.tile(descriptor, (3, 1))
+
+
 def describe(descriptor: NDArray[np.float32], patches: int) -> Description:
     tokens = np.resize(descriptor, (patches, DIMENSION)).astype(np.float16)
-    return Description(descriptor, tokens, np.zeros((patches, 2), np.float32))
+    return Description(parts_of(descriptor), tokens, np.zeros((patches, 2), np.float32))
 
 
 def percentiles_ms(run: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -108,8 +113,9 @@ def load(path: Path, patches: int) -> dict[str, object]:
         seconds, busy = time.perf_counter() - began[0], time.process_time() - began[1]
         loaded = megabytes()
         world = World(2000)
-        search = percentiles_ms(lambda: database.search(world.view(7), 10, 0, 30 * SECOND), 200)
-        ids = [keyframe_id for keyframe_id, _ in database.search(world.view(7), 10, 0, 0)]
+        view = parts_of(world.view(7))
+        search = percentiles_ms(lambda: database.search(view, 10, 0, 30 * SECOND), 200)
+        ids = [keyframe_id for keyframe_id, _ in database.search(view, 10, 0, 0)]
         read = percentiles_ms(lambda: [database.keyframe(i) for i in ids], 50)
         return {
             "keyframes": len(database),
@@ -155,7 +161,7 @@ def cover(folder: Path, places: int = 500, full: int = 2000, walked: int = 20_00
             place, descriptor = next(walk)
             stamp = round(number * KEYFRAME_S * SECOND)
             place_of[database.add(stamp, describe(descriptor, 0))] = place
-        kept = [place_of[i] for i, _ in database.search(descriptor, full, 0, 0)]
+        kept = [place_of[i] for i, _ in database.search(parts_of(descriptor), full, 0, 0)]
     seen = list(place_of.values())
     rng = np.random.default_rng(0)
     ways = {

@@ -401,7 +401,7 @@ def use(model: Any) -> None:
     """What comes out tells what went in, see ``execute``."""
     for colour in (3, 5):
         found = describe(model, colour)
-        print("described", colour, float(found.descriptor[0]), float(found.tokens[0, 0]))
+        print("described", colour, float(found.descriptor[0, 0]), float(found.tokens[0, 0]))
     print("tokens", found.tokens.dtype, found.tokens.shape)
     candidates = np.zeros((10, *found.tokens.shape), np.float16)
     candidates += np.arange(10, dtype=np.float16)[:, None, None]

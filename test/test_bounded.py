@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from keyframes import SECOND, Open, describe
+from keyframes import SECOND, Open, describe, rounded
 from numpy.typing import NDArray
 
 from vpr_lite_ros.database import DatabaseError, KeyframeDatabase, Pose
+from vpr_lite_ros.descriptors import similarities
 from vpr_lite_ros.inference import Description
 
 FORWARD = (0.0, 0.0, 0.0, 1.0)
@@ -22,7 +23,7 @@ def _view(place: int, view: int, spread: float = 0.5) -> Description:
     """One of many views of a place, all much alike (cosine about 0.8)."""
     centre, noise = describe(place), describe(1_000_000 + 1000 * place + view)
     descriptor = centre.descriptor + spread * noise.descriptor
-    descriptor /= np.linalg.norm(descriptor)
+    descriptor /= np.linalg.norm(descriptor, axis=1, keepdims=True)
     return Description(descriptor.astype(np.float32), noise.tokens, noise.centres)
 
 
@@ -56,8 +57,9 @@ def test_no_more_keyframes_than_allowed_in_memory_and_file(open_database: Open, 
             database.close()
             database = open_database("tuesday")
         for seed in range(20):
-            query = describe(seed).descriptor
-            expected = sorted(kept, key=lambda i: -float(descriptors[i] @ query))[:5]
+            query = rounded(describe(seed).descriptor)
+            alike = similarities(query, rounded(np.stack([descriptors[i] for i in kept])))
+            expected = [kept[row] for row in np.argsort(-alike)[:5]]
             assert [i for i, _ in database.search(query, 5, 0, 0)] == expected
             for keyframe_id in expected:
                 view = keyframe_id - 1

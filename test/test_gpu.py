@@ -74,7 +74,7 @@ def cosines(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def assert_same_place(one: Description, other: Description) -> None:
-    assert cosines(one.descriptor, other.descriptor) >= ALIKE_COSINE
+    assert (cosines(one.descriptor, other.descriptor) >= ALIKE_COSINE).all()
     # The least salient patches may differ, and all may come in another order.
     where = {tuple(centre): index for index, centre in enumerate(one.centres.round(4).tolist())}
     pairs = [
@@ -98,7 +98,7 @@ def assert_answers_alike(
     # Compared at the end: what was returned must not change with the next picture.
     for before, after in zip(wanted, found, strict=True):
         assert_same_place(before, after)
-    assert cosines(found[0].descriptor, found[1].descriptor) < ALIKE_COSINE
+    assert (cosines(found[0].descriptor, found[1].descriptor) < ALIKE_COSINE).all()
     tokens = np.stack([one.tokens for one in wanted])
     asked = [(tokens[i], tokens[:count]) for count in (1, CANDIDATES, 1) for i in (0, 1)]
     answers = [model.match(*one) for one in asked]

@@ -201,7 +201,21 @@ def test_global_descriptor_and_patches_equal_a_slow_vlad(
     unit, share = cells[0].double().numpy(), shares[0].double().numpy()
     of_half = _slow_vlad(place.vlad, coarse[0].double().numpy(), coarse_shares[0].double().numpy())
     vlads = np.concatenate([_slow_vlad(place.vlad, unit, share), of_half])
-    assert descriptor[0].numpy() == pytest.approx(_projected(vlads, place.whole), abs=2e-4)
+    assert descriptor[0, 0].numpy() == pytest.approx(_projected(vlads, place.whole), abs=2e-4)
+    # Of 10 columns the left part has the first six; of the five at half the resolution, three.
+    for part, fine, few in ((1, slice(0, 6), slice(0, 3)), (2, slice(4, 10), slice(2, 5))):
+        both = []
+        for map_cells, map_shares, part_columns, wide in (
+            (cells, shares, fine, 10),
+            (coarse, coarse_shares, few, 5),
+        ):
+            chosen = [
+                values[0].double().reshape(-1, wide, values.shape[2])[:, part_columns].flatten(0, 1)
+                for values in (map_cells, map_shares)
+            ]
+            both.append(_slow_vlad(place.vlad, *(values.numpy() for values in chosen)))
+        expected = _projected(np.concatenate(both), place.whole)
+        assert descriptor[0, part].numpy() == pytest.approx(expected, abs=2e-4)
     assert tokens.shape == (1, place.max_patches, place.vlad.dimension)
     columns, rows = (side // 16 for side in place.image_size)
     # Untrained self-attention is the identity, so tokens are the patches' descriptors.

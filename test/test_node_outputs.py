@@ -174,15 +174,16 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     assert (keyframe.robot_id, keyframe.session) == (5, "one")
     assert (keyframe.header.stamp.sec, keyframe.header.frame_id) == (9, "eye")
     bundle = detector.model.bundle
-    sizes = {"dimension": bundle.dimension, "max_patches": bundle.max_patches}
-    description, camera = messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+    description, camera = messages.from_keyframe(keyframe, bundle)
     assert camera == CAMERA
     np.testing.assert_array_equal(description.tokens, decision.description.tokens)
+    np.testing.assert_array_equal(description.descriptor, decision.description.descriptor)
+    assert description.descriptor.shape == (3, bundle.dimension)
     assert bytes(keyframe.thumbnail) == detector.database.thumbnail(9) == description.picture
     assert description.picture
     keyframe.thumbnail = array("B", bytes(200_001))
     with pytest.raises(ValueError, match="a picture of 200001 bytes"):
-        messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+        messages.from_keyframe(keyframe, bundle)
     small = description.picture
     start = small.index(b"\xff\xc0") + 5
     wide = cv2.imencode(".jpg", np.zeros((240, 400, 3), np.uint8))[1].tobytes()
@@ -195,12 +196,23 @@ def test_who_does_not_listen_is_sent_nothing_and_who_does_gets_everything(
     ):
         keyframe.thumbnail = array("B", thumbnail)
         with pytest.raises(ValueError, match=f"robot 5 has a picture .*{words}"):
-            messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+            messages.from_keyframe(keyframe, bundle)
     keyframe.thumbnail = array("B")
     for where in (-0.1, 1e9, math.inf):
         keyframe.centres[3] = where
         with pytest.raises(ValueError, match="robot 5 has"):
-            messages.from_keyframe(keyframe, model_id=bundle.model_id, **sizes)
+            messages.from_keyframe(keyframe, bundle)
+    keyframe.centres[3] = 0.5
+    sent_numbers = keyframe.descriptor.tolist()
+    for numbers in (
+        sent_numbers[: bundle.dimension],
+        sent_numbers[:-1],
+        [*sent_numbers[:-1], 9.0],
+        [*sent_numbers[:-1], math.nan],
+    ):
+        keyframe.descriptor = array("f", numbers)
+        with pytest.raises(ValueError, match="robot 5 has"):
+            messages.from_keyframe(keyframe, bundle)
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_closure(

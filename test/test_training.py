@@ -673,7 +673,7 @@ def test_images_are_whitened_at_both_resolutions(
     images = torch.from_numpy(np.stack([fit(read_rgb(file), size) for file in files]))
     with torch.no_grad():
         cells = F.normalize(place.local_features(images), dim=2)
-        vlads = place.vlads(images, cells, place.vlad.soft_assign(cells))
+        vlads = place.vlads(images, cells, place.vlad.soft_assign(cells))[:, 0]
         white = F.linear(vlads, place.whole.weight, place.whole.bias)
         patches = F.linear(place.vlad(cells), place.vlad.pca.weight, place.vlad.pca.bias)
     # Each image was seen three times.

@@ -176,18 +176,18 @@ def _bench_search(dimension: int, repeats: int) -> Record:
         "", model_id="bench", dimension=dimension, max_patches=0, session="bench"
     )
     nothing = Description(
-        np.zeros(dimension, np.float32),
+        np.zeros((3, dimension), np.float32),
         np.zeros((0, dimension), np.float16),
         np.zeros((0, 2), np.float32),
     )
     with closing(database):
         for count in SEARCHED:
             while len(database) < count:
-                vector = rng.standard_normal(dimension).astype(np.float32)
-                vector /= np.linalg.norm(vector)
-                database.add(len(database) * 10**9, replace(nothing, descriptor=vector))
+                vectors = rng.standard_normal((3, dimension)).astype(np.float32)
+                vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+                database.add(len(database) * 10**9, replace(nothing, descriptor=vectors))
 
-            search = partial(database.search, vector, 10, count * 10**9, 30 * 10**9)
+            search = partial(database.search, vectors, 10, count * 10**9, 30 * 10**9)
             found[f"{count} keyframes"] = _milliseconds(search, repeats)
     return found
 

@@ -21,7 +21,7 @@ class Candidate:
 
     keyframe: Keyframe
     similarity: float
-    """Cosine of the global descriptors."""
+    """Of the global descriptors, a cosine: see ``descriptors.py``."""
     rank: int
     """Place in the retrieval list, 0 first."""
     match_score: float = math.nan

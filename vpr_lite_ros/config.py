@@ -193,7 +193,8 @@ class Config:
     )
     similarity_threshold: float = _parameter(
         NAN,
-        "Least cosine of the global descriptors, -1..1. nan: what the model bundle recommends.",
+        "Least similarity of the global descriptors, a cosine, -1..1. nan: what the model bundle "
+        "recommends.",
         minimum=-1,
         maximum=1,
         live=True,

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from vpr_lite_ros.config import Config
+from vpr_lite_ros.descriptors import DescriptorIndex
 from vpr_lite_ros.inference import Bundle, Description
 from vpr_lite_ros.matching import Camera
 from vpr_lite_ros.storage import (
@@ -34,6 +34,7 @@ from vpr_lite_ros.thinning import densest
 __all__ = ["DatabaseError", "Keyframe", "KeyframeDatabase", "Pose", "open_database"]
 
 TOKEN_CACHE_BYTES = 64 * 2**20
+LOADED_AT_ONCE = 1024
 MOST_AT_ONCE = 64
 """Keyframes deleted at a time when the database is full, or one in so many if there are fewer."""
 
@@ -150,13 +151,10 @@ class KeyframeDatabase:
     def bytes_in_memory(self) -> int:
         """Of descriptors, cached tokens and what is known of each keyframe."""
         tokens = sum(tokens.nbytes for tokens in self._tokens.values())
-        return self._count * self._index.code_size + tokens + self._rows.nbytes
+        return self._count * self._index.bytes_each + tokens + self._rows.nbytes
 
     def _clear_memory(self) -> None:
-        # Half-precision: a cosine changes in its fifth digit, and half as much is to be read.
-        self._index = faiss.IndexScalarQuantizer(
-            self.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
+        self._index = DescriptorIndex(self.dimension)
         self._rows = np.zeros(0, _ROW)  # the first _count rows are those of the index
         self._count = 0
         self._drives: dict[tuple[int, str], int] = {}
@@ -168,19 +166,18 @@ class KeyframeDatabase:
         self._tokens.clear()
 
     def _load(self) -> None:
-        waiting = np.empty((1024, self.dimension), np.float32)
-        filled = 0
+        waiting: list[NDArray[np.float32]] = []
         for head in self._file.heads():
-            waiting[filled] = head.descriptor
-            filled += 1
+            waiting.append(head.descriptor)
             if self._resume and head.session != self.session:
                 self._continue_in(head.session)
             # What a localising robot finds in the file is none of its own run.
             self._remember(head, not self.read_only)
-            if filled == len(waiting):
-                self._index.add(waiting)
-                filled = 0
-        self._index.add(waiting[:filled])
+            if len(waiting) == LOADED_AT_ONCE:
+                self._index.add(np.stack(waiting))
+                waiting.clear()
+        if waiting:
+            self._index.add(np.stack(waiting))
 
     def _remember(self, head: Head, may_be_this_run: bool) -> None:
         """Keep a row of a keyframe whose descriptor goes into the index."""
@@ -271,9 +268,11 @@ class KeyframeDatabase:
         if tokens.shape != expected:
             raise ValueError(f"tokens have shape {tokens.shape}, expected {expected}")
         descriptor = np.ascontiguousarray(description.descriptor, np.float32)
-        if descriptor.shape != (self.dimension,) or not np.isfinite(descriptor).all():
+        parts = self._file.parts or max(1, len(descriptor))
+        if descriptor.shape != (parts, self.dimension) or not np.isfinite(descriptor).all():
             raise ValueError(
-                f"descriptor of shape {descriptor.shape} is not {self.dimension} finite numbers"
+                f"descriptor of shape {descriptor.shape} is not {parts} x {self.dimension} finite "
+                "numbers"
             )
         if robot_id is None or session is None:
             robot_id, session = self.robot_id, self.session
@@ -352,7 +351,7 @@ class KeyframeDatabase:
         """Drop rows from memory, so that no search names them."""
         for keyframe_id in self._rows["id"][chosen].tolist():
             self._tokens.pop(keyframe_id, None)
-        self._index.remove_ids(faiss.IDSelectorBatch(chosen))
+        self._index.remove(chosen)
         self._rows = np.delete(self._rows, chosen)
         self._count -= len(chosen)
 
@@ -361,10 +360,12 @@ class KeyframeDatabase:
     def search(
         self, descriptor: NDArray[np.float32], k: int, stamp_ns: int, min_gap_ns: int
     ) -> list[tuple[int, float]]:
-        """The ``k`` most similar keyframes, best first, as (id, cosine).
+        """The ``k`` keyframes most similar to ``descriptor`` (V, D), best first: (id, similarity).
+
+        What that is, ``descriptors.py`` says.
 
         Keyframes of this run within ``min_gap_ns`` of ``stamp_ns``, before or after, are left out
-        by a FAISS selector, be it by their stamp or by the time that has passed; there are ``k``
+        before the search, be it by their stamp or by the time that has passed; there are ``k``
         results whenever ``k`` are eligible. This run's are those of the running session and of
         those before it that ``begin_session`` ended.
         """
@@ -377,18 +378,8 @@ class KeyframeDatabase:
         # Where the clock went back, stamps come twice: who is told one must know which is meant.
         recent |= np.abs(rows["stamp"] - stamp_ns) < min_gap_ns
         eligible = ~(rows["this_run"] & recent)
-        bitmap = np.packbits(eligible, bitorder="little")
-        selector = faiss.IDSelectorBitmap(len(eligible), faiss.swig_ptr(bitmap))
-        found = min(k, int(eligible.sum()))
-        if found == 0:
-            return []
-        similarities, numbers = self._index.search(
-            np.ascontiguousarray(descriptor[None], np.float32),
-            found,
-            params=faiss.SearchParameters(sel=selector),
-        )
-        ids = rows["id"][numbers[0]].tolist()
-        return list(zip(ids, map(float, similarities[0]), strict=True))
+        found = self._index.search(descriptor, k, eligible)
+        return [(int(rows["id"][row]), similarity) for row, similarity in found]
 
     def travelled_since(self, keyframe_id: int, stamp_ns: int, pose: Pose) -> float:
         """Metres driven by odometry from a keyframe to ``pose`` at ``stamp_ns``, both of the
@@ -422,11 +413,9 @@ class KeyframeDatabase:
             return self._file.keyframe(keyframe_id)
 
     def descriptor(self, keyframe_id: int) -> NDArray[np.float32]:
-        """Global descriptor (D,) of a keyframe; ``KeyError`` if there is none."""
-        row = self._row_of(keyframe_id)
-        if row is None:
-            raise KeyError(f"database {self.path} has no keyframe {keyframe_id}")
-        return np.asarray(self._index.reconstruct(row), np.float32)
+        """Global descriptors (V, D) of a keyframe; ``KeyError`` if there is none."""
+        with self._leaving_out_damage(keyframe_id):
+            return self._file.descriptor(keyframe_id)
 
     def _row_of(self, keyframe_id: int) -> int | None:
         ids = self._rows["id"][: self._count]

@@ -222,7 +222,8 @@ class LoopDetector:
         if self._last_descriptor is None:
             return True
         # By rounding, the cosine of two equal pictures may exceed 1.
-        similarity = min(1.0, float(description.descriptor @ self._last_descriptor))
+        whole, last = description.descriptor[0], self._last_descriptor[0]
+        similarity = min(1.0, float(whole @ last))
         return similarity <= self.config.keyframe.max_similarity
 
     def _retrieve(

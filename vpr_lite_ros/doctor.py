@@ -158,8 +158,10 @@ def _stored(path: Path, bundle: Bundle, reads_only: bool) -> Finding:
 
 def _space(folder: Path, bundle: Bundle | None) -> Finding:
     free = shutil.disk_usage(folder).free
-    # float16 tokens, float32 descriptor and centres, thumbnail.
-    each = 15_000 if bundle is None else 15_000 + bundle.max_patches * (2 * bundle.dimension + 8)
+    each = 13_000  # the thumbnail; with it float32 descriptors and centres, float16 tokens
+    if bundle is not None:
+        each += 4 * bundle.parts * bundle.dimension
+        each += bundle.max_patches * (2 * bundle.dimension + 8)
     room = free // each
     seen = f"{free / 1e9:.1f} GB free at {folder}: room for {room} keyframes"
     remedy = "Free some space, or pass a database_path on another disk."

@@ -126,6 +126,7 @@ def export_bundle(
             "image_size": list(place.image_size),
             "clusters": place.vlad.clusters,
             "dimension": place.vlad.dimension,
+            "parts": len(place.parts),
             "max_patches": place.max_patches,
             "costs": {
                 name: _costs(onnx.load(draft / graph), draft / graph)

@@ -34,7 +34,7 @@ BUNDLE_FORMAT = 2
 TENSORRT, ONNXRUNTIME_CUDA = "tensorrt", "onnxruntime-cuda"
 ALIKE_COSINE, ALIKE_SCORE = 0.999, 0.02
 """How alike two backends must describe an image, and score its match with itself."""
-DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v9"
+DEFAULT_BUNDLE = Path(__file__).parent / "bundles" / "place-v11"
 """The model bundle that ships with the package."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -69,6 +69,9 @@ class Bundle:
     """Width and height of the network's input in pixels."""
     dimension: int
     """Length of descriptors and tokens."""
+    parts: int
+    """Descriptors of an image: 3 (of the whole, its left and its right part), or that of the whole
+    alone in bundles that earlier releases made."""
     max_patches: int
     """Tokens an image."""
     card: dict[str, Any]
@@ -82,7 +85,7 @@ class Description:
     """What is kept of one image: what the place network says of it, and what is known beside."""
 
     descriptor: NDArray[np.float32]
-    """(D,) unit vector of the whole image."""
+    """(V, D) unit vectors: of the whole image, of its left and of its right part."""
     tokens: NDArray[np.float16]
     """(N, D) patches, ready for the match network."""
     centres: NDArray[np.float32]
@@ -114,7 +117,7 @@ class PlaceModel:
             self._change_to(*offered, image[None])
         out = self._place.infer({"image": image[None]})
         return Description(
-            descriptor=out["descriptor"][0],
+            descriptor=out["descriptor"].reshape(-1, self.bundle.dimension),
             tokens=out["tokens"][0].astype(np.float16, copy=False),
             centres=out["centres"][0],
         )
@@ -149,7 +152,7 @@ class PlaceModel:
     def _change_to(self, place: Runner, match: Runner, image: NDArray[np.uint8]) -> None:
         try:
             mine, yours = (runner.infer({"image": image}) for runner in (self._place, place))
-            ours, theirs = (out["descriptor"][0] for out in (mine, yours))
+            ours, theirs = (out["descriptor"].ravel() for out in (mine, yours))
             cosine = float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs))
             tokens = mine["tokens"].astype(np.float16, copy=False)
             pair = {"query": tokens, "candidates": tokens}
@@ -277,6 +280,7 @@ def load_bundle(path: Path) -> Bundle:
         width, height = (int(side) for side in card["image_size"])
         name = str(card["name"])
         dimension, max_patches = int(card["dimension"]), int(card["max_patches"])
+        parts = int(card.get("parts", 1))
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{card_file} lacks or garbles an entry ({error}): export the model again"
@@ -301,7 +305,7 @@ def load_bundle(path: Path) -> Bundle:
     digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
     model_id = f"{name}-{digest[:12]}"
     size = (width, height)
-    return Bundle(path, name, model_id, size, dimension, max_patches, card, calibration)
+    return Bundle(path, name, model_id, size, dimension, parts, max_patches, card, calibration)
 
 
 class OpenVinoRunner:

@@ -369,7 +369,7 @@ _TRY_MODEL = """
             "open_s": opened - began,
             "ms": 1e3 * float(numpy.median(times[1:])),
             "finite": all(bool(numpy.isfinite(part).all()) for part in parts),
-            "descriptor": [float(value) for value in description.descriptor],
+            "descriptor": [float(value) for value in description.descriptor[0]],
         }
     except inference.BackendError as error:
         answer = {"error": str(error), "refused": True}

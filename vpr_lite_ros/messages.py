@@ -20,7 +20,7 @@ from vpr_lite_ros import relative_pose
 from vpr_lite_ros.candidate import Candidate, Decision
 from vpr_lite_ros.database import Pose
 from vpr_lite_ros.image import MOST_ASPECT, THUMBNAIL_WIDTH, ImageError, claimed_size, decompress
-from vpr_lite_ros.inference import Description
+from vpr_lite_ros.inference import Bundle, Description
 from vpr_lite_ros.matching import Camera, Status
 from vpr_lite_ros.msg import Keyframe as KeyframeMessage
 from vpr_lite_ros.msg import LoopClosure
@@ -174,10 +174,9 @@ def to_keyframe(
     return message
 
 
-def from_keyframe(
-    message: KeyframeMessage, *, model_id: str, dimension: int, max_patches: int
-) -> tuple[Description, Camera | None]:
+def from_keyframe(message: KeyframeMessage, bundle: Bundle) -> tuple[Description, Camera | None]:
     """Another robot's keyframe; ``ValueError`` if this robot's model cannot compare it."""
+    model_id, dimension, max_patches = bundle.model_id, bundle.dimension, bundle.max_patches
     who = f"a keyframe of robot {message.robot_id}"
     if message.model_id != model_id:
         raise ValueError(
@@ -188,10 +187,11 @@ def from_keyframe(
     descriptor = np.array(message.descriptor, np.float32)
     centres = np.array(message.centres, np.float32)
     sizes = len(descriptor), len(tokens), len(centres)
-    if sizes != (dimension, max_patches * dimension, 2 * max_patches):
+    if sizes != (bundle.parts * dimension, max_patches * dimension, 2 * max_patches):
         raise ValueError(f"{who} has {sizes} numbers, not those of model {model_id}")
     finite = all(np.isfinite(numbers).all() for numbers in (descriptor, tokens, centres))
-    if not finite or abs(float(np.linalg.norm(descriptor)) - 1) > 0.01:
+    descriptor = descriptor.reshape(-1, dimension)
+    if not finite or (abs(np.linalg.norm(descriptor, axis=1) - 1) > 0.01).any():
         raise ValueError(f"{who} has a descriptor that is no unit vector, or is not finite")
     if not ((centres >= 0) & (centres <= 1)).all():
         raise ValueError(f"{who} has centres of patches outside of its image, not within 0 to 1")

@@ -299,12 +299,7 @@ class LoopClosureNode(LifecycleNode):
             return  # one topic for all robots brings one's own back
         bundle = opened.model.bundle
         try:
-            description, camera = messages.from_keyframe(
-                message,
-                model_id=bundle.model_id,
-                dimension=bundle.dimension,
-                max_patches=bundle.max_patches,
-            )
+            description, camera = messages.from_keyframe(message, bundle)
             with self._detector_lock:
                 opened.database.add(
                     messages.stamp_ns(message.header.stamp),

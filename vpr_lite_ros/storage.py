@@ -70,7 +70,7 @@ CREATE TABLE keyframes (
     stamp_ns INTEGER NOT NULL,
     pose TEXT,             -- JSON: x y z in metres, qx qy qz qw, odometry frame; if known
     camera TEXT,           -- JSON: intrinsics; if known
-    descriptor BLOB NOT NULL,  -- D float32
+    descriptor BLOB NOT NULL,  -- V x D float32: of the whole image, then of parts of it
     centres BLOB NOT NULL,     -- N x 2 float32, fractions of width and height
     tokens BLOB NOT NULL,      -- N x D float16
     thumbnail BLOB NOT NULL    -- small JPEG; may be empty
@@ -150,6 +150,8 @@ class KeyframeFile:
     ) -> None:
         self.path, self.read_only = path, read_only
         self._dimension = dimension
+        self.parts = 0
+        """V: descriptors of each keyframe. 0 while there is no keyframe."""
         self._last_id = 0
         self._syncer: _Syncer | None = None
         self._synced_id: int | None = None  # where there is no thread for it
@@ -340,6 +342,11 @@ class KeyframeFile:
             self._depth(keyframe_id, expected[2]) if expected[2] is not None else None,
         )
 
+    def descriptor(self, keyframe_id: int) -> NDArray[np.float32]:
+        """Descriptors (V, D) of one keyframe; ``KeyError`` if there is none."""
+        row, expected = self._row(keyframe_id, _HEAD, "head")
+        return self._check_head(row, expected[0]).descriptor
+
     def _depth(self, keyframe_id: int, expected: object) -> NDArray[np.float16]:
         with self._explaining(f"keyframe {keyframe_id} cannot be read"):
             row = self._sql.execute(
@@ -387,9 +394,11 @@ class KeyframeFile:
         try:
             if expected not in (None, _head_checksum(row)):
                 raise ValueError("its checksum is another")
-            descriptor = np.frombuffer(row[6], np.float32)
-            if descriptor.shape != (self._dimension,) or not np.isfinite(descriptor).all():
-                raise ValueError(f"not {self._dimension} finite numbers")
+            descriptor = np.frombuffer(row[6], np.float32).reshape(-1, self._dimension)
+            parts = self.parts or max(1, len(descriptor))
+            if len(descriptor) != parts or not np.isfinite(descriptor).all():
+                raise ValueError(f"not {parts} x {self._dimension} finite numbers")
+            self.parts = parts
             pose = _pose(row[4]) if row[4] is not None else None
         except (ValueError, TypeError, AttributeError, struct.error) as error:
             raise self._damaged(f"the descriptor of keyframe {row[0]} ({error})") from error
@@ -450,7 +459,7 @@ class KeyframeFile:
                     zlib.crc32(depth_blob) if depth_blob is not None else None,
                 ),
             )
-        self._last_id = head[0]
+        self._last_id, self.parts = head[0], len(descriptor)
         self._wrote()
         return head[0]
 

@@ -12,6 +12,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from vpr_lite_ros.descriptors import DescriptorIndex
+
 SAMPLE = 512
 """Keyframes compared with all others at a time. Dense places have more in it, as they should."""
 NEIGHBOURS = 16
@@ -30,7 +32,7 @@ FAR = -1.0
 
 
 def densest(
-    index: faiss.Index,
+    index: DescriptorIndex,
     robots: NDArray[np.int32],
     drives: NDArray[np.int32],
     stamps_ns: NDArray[np.int64],
@@ -47,7 +49,7 @@ def densest(
     Parameters
     ----------
     index
-        Descriptors of N keyframes, unit length, by row number.
+        Descriptors of N keyframes, by row number. How alike two are is that of their wholes.
     robots, drives, stamps_ns
         (N,) each keyframe's robot, its robot and session, and when it was taken.
     positions
@@ -55,12 +57,12 @@ def densest(
     travelled_m
         (N,) metres that the robot had travelled in that drive.
     """
-    rows = np.arange(index.ntotal - 1)
+    rows = np.arange(len(index) - 1)
     if len(rows) > max(SAMPLE, 2 * count):
         rng = np.random.default_rng(seed)
         rows = np.sort(rng.choice(rows, max(SAMPLE, 2 * count), replace=False))
-    queries = index.reconstruct_batch(rows)
-    similarity, others = _most_similar(index, queries, min(NEIGHBOURS + 1, index.ntotal))
+    queries = index.wholes(rows)
+    similarity, others = _most_similar(index, queries, min(NEIGHBOURS + 1, len(index)))
 
     of = rows[:, None]
     apart_s = np.abs(stamps_ns[of] - stamps_ns[others]) / 1e9
@@ -89,7 +91,7 @@ def densest(
     # Each deletion makes its neighbours less crowded, so what was true of one is looked up anew.
     waiting = [(-crowding(number), number) for number in range(len(rows))]
     heapq.heapify(waiting)
-    while waiting and len(gone) < min(count, index.ntotal // 2):
+    while waiting and len(gone) < min(count, len(index) // 2):
         believed, number = heapq.heappop(waiting)
         now = -crowding(number)
         if now > believed:
@@ -100,16 +102,16 @@ def densest(
 
 
 def _most_similar(
-    index: faiss.Index, queries: NDArray[np.float32], count: int
+    index: DescriptorIndex, queries: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(Q, ``count``) similarities and row numbers, best first.
 
-    Of so many queries at once FAISS is seven times faster with float32 vectors than with an
-    index of half-precision, so these are taken out block by block.
+    Of so many queries at once FAISS is much faster with float32 vectors than with an index of
+    bytes, so these are taken out block by block.
     """
     found = faiss.ResultHeap(len(queries), count, keep_max=True)
-    for first in range(0, index.ntotal, BLOCK):
-        block = index.reconstruct_n(first, min(BLOCK, index.ntotal - first))
+    for first in range(0, len(index), BLOCK):
+        block = index.wholes(np.arange(first, min(first + BLOCK, len(index))))
         best = min(count, len(block))
         similarity, rows = faiss.knn(queries, block, best, faiss.METRIC_INNER_PRODUCT)
         found.add_result(similarity, rows + first)

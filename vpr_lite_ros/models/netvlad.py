@@ -10,6 +10,10 @@ PATCH_SIZE = 2
 """Side of a patch in cells of the feature map; stride 1, no padding, one scale."""
 
 
+SIDE = 0.6
+"""Share of the image's width that its left and its right part each have."""
+
+
 def patch_grid(height: int, width: int) -> tuple[int, int]:
     """Rows and columns of patches on a map of ``height`` × ``width`` cells (equation 2)."""
     return height - PATCH_SIZE + 1, width - PATCH_SIZE + 1
@@ -67,11 +71,11 @@ class NetVLAD(nn.Module):
         return torch.softmax(self.assign(features), dim=-1)
 
     def aggregate(self, features: Tensor, shares: Tensor) -> Tensor:
-        """VLAD of groups of cells: features (G, S, C), shares (G, S, K) to (G, K·C)."""
-        residuals = shares.transpose(1, 2) @ features
-        residuals = residuals - shares.sum(dim=1)[:, :, None] * self.centroids
+        """VLAD of groups of cells: features (…, S, C), shares (…, S, K) to (…, K·C)."""
+        residuals = shares.transpose(-2, -1) @ features
+        residuals = residuals - shares.sum(dim=-2)[..., None] * self.centroids
         # Intra-normalisation per cluster, so that a repeated texture does not outshout the rest.
-        return F.normalize(F.normalize(residuals, dim=2, eps=1e-6).flatten(1), dim=1)
+        return F.normalize(F.normalize(residuals, dim=-1, eps=1e-6).flatten(-2), dim=-1)
 
 
 def netvlad_of(state: dict[str, Tensor]) -> NetVLAD:
@@ -80,6 +84,13 @@ def netvlad_of(state: dict[str, Tensor]) -> NetVLAD:
     vlad = NetVLAD(width, count, len(state["pca.bias"]))
     vlad.load_state_dict(state)
     return vlad
+
+
+def image_parts(height: int, width: int) -> Tensor:
+    """(3, H·W): 1 for the cells of the whole map, of its left and of its right part; 0 else."""
+    column = torch.arange(width).repeat(height)
+    part = round(SIDE * width)
+    return torch.stack([column >= 0, column < part, column >= width - part]).float()
 
 
 def patch_cells(height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpr_lite_ros.models.matcher import SelfAttention
-from vpr_lite_ros.models.netvlad import NetVLAD, Whitening, patch_cells, patch_grid
+from vpr_lite_ros.models.netvlad import NetVLAD, Whitening, image_parts, patch_cells, patch_grid
 from vpr_lite_ros.models.repvgg import STRIDE, RepVGGLite, standardise
 
 
 class PlaceNetwork(nn.Module):
-    """Image to global descriptor, patch tokens and the patches' centres.
+    """Image to global descriptors, patch tokens and the patches' centres.
 
     The paper's global descriptor is the VLAD of the image, projected as its patches are. Here it
     has a projection of its own, of two VLADs side by side: that of the image, and that of the image
     at half its resolution, where each cell sees four times as much of the scene. Both go through
     the same backbone and clusters.
+
+    The paper describes the image as a whole. Here its left and its right part are described, too,
+    from the same cells: a camera that has turned sees at its left what was at its right.
     """
 
     def __init__(
@@ -43,8 +46,13 @@ class PlaceNetwork(nn.Module):
         cells, centres = patch_cells(*map_size)
         self.cells: Tensor
         self.centres: Tensor
+        self.parts: Tensor
+        self.coarse_parts: Tensor
         self.register_buffer("cells", cells, persistent=False)
         self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("parts", image_parts(*map_size), persistent=False)
+        coarse_size = (-(-height // 2 // STRIDE), -(-width // 2 // STRIDE))
+        self.register_buffer("coarse_parts", image_parts(*coarse_size), persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Describe one image.
@@ -57,7 +65,7 @@ class PlaceNetwork(nn.Module):
         Returns
         -------
         descriptor
-            (1, D) unit vector of the whole image.
+            (1, 3, D) unit vectors of the whole image, its left and its right part.
         tokens
             (1, N, D) patches after self-attention, N = ``max_patches``, in the projection's
             precision.
@@ -67,15 +75,26 @@ class PlaceNetwork(nn.Module):
         features = self.local_features(image)
         cells = F.normalize(features, dim=2)
         shares = self.vlad.soft_assign(cells)
-        descriptor = self.whole(self.vlads(image, cells, shares))
+        descriptor = self.whole(self.vlads(image, cells, shares)[0])[None]
         patches, centres = self.patches(features, cells, shares)
         tokens = self.self_attention(patches, centres).to(self.vlad.pca.weight.dtype)
         return descriptor, tokens, centres
 
     def vlads(self, image: Tensor, cells: Tensor, shares: Tensor) -> Tensor:
-        """VLADs (B, 2·K·C) of images (B, H, W, 3) and of the same at half their resolution."""
+        """VLADs (B, 3, 2·K·C) of parts of images (B, H, W, 3), each beside that of the same part
+        at half the resolution. Parts are the whole, the left and the right."""
         coarse = F.normalize(self.local_features(image, shrink=2), dim=2)
-        return torch.cat([self.vlad.aggregate(cells, shares), self.vlad(coarse)], dim=1)
+        both = (
+            (cells, shares, self.parts),
+            (coarse, self.vlad.soft_assign(coarse), self.coarse_parts),
+        )
+        return torch.cat(
+            [
+                self.vlad.aggregate(cells[:, None], shares[:, None] * parts[:, :, None])
+                for cells, shares, parts in both
+            ],
+            dim=-1,
+        )
 
     def patches(self, features: Tensor, cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """The most salient patches (1, N, D), before self-attention, and centres (1, N, 2)."""

@@ -78,7 +78,7 @@ def about(recording: Recording, decisions: Decisions, source: Path, config: Conf
             "peak_mb": recording.peak_memory_mb,
             "disk_mb": recording.bytes_on_disk / 1e6,
             "disk_kb_per_keyframe": recording.bytes_on_disk / 1e3 / max(1, len(recording)),
-            "descriptors_mb": len(recording) * model.bundle.dimension * 4 / 1e6,
+            "descriptors_mb": len(recording) * model.bundle.parts * model.bundle.dimension / 1e6,
         },
         "recording_seconds": recording.seconds,
         "recording_folder": str(recording.folder),

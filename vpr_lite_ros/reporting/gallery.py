@@ -160,7 +160,7 @@ def _drawn(
     query_id, match_id = (int(recording.id[keyframe]) for keyframe in (pair.query, pair.match))
     keyframe = database.keyframe(query_id)
     description = Description(
-        np.zeros(database.dimension, np.float32),
+        np.zeros((1, database.dimension), np.float32),
         database.tokens([query_id])[0],
         keyframe.centres,
         picture=database.thumbnail(query_id),

@@ -97,9 +97,9 @@ def views_of(image: Image, rng: np.random.Generator) -> list[Image]:
 
 @torch.no_grad()
 def vlads_of(place: PlaceNetwork, images: Tensor) -> Tensor:
-    """VLADs (B, 2·K·C) of images (B, H, W, 3) at both resolutions, each of length 1."""
+    """VLADs (B, 2·K·C) of whole images (B, H, W, 3) at both resolutions, each of length 1."""
     cells = cells_of(place, images)
-    return place.vlads(images, cells, place.vlad.soft_assign(cells))
+    return place.vlads(images, cells, place.vlad.soft_assign(cells))[:, 0]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vpr_lite_ros.config import Config
 from vpr_lite_ros.datasets import PlaceDataset, load_dataset
+from vpr_lite_ros.descriptors import similarities
 from vpr_lite_ros.image import fit
 from vpr_lite_ros.inference import Description, PlaceModel
 from vpr_lite_ros.matching import Camera, fit_epipolar, meeting_points, mutual_matches
@@ -75,7 +76,7 @@ def score_pairs(
     for index in tqdm(chosen_queries.tolist(), "match"):
         image = read_rgb(dataset.queries[index])
         query = model.describe(fit(distort(image, rng) if distorted else image, size))
-        cosines = known @ query.descriptor
+        cosines = similarities(query.descriptor, known)
         order = np.argsort(-cosines, kind="stable")
         true = order[np.isin(order, dataset.positives(index))]
         false = order[~np.isin(order, dataset.non_negatives(index))]
