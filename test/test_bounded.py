@@ -57,7 +57,7 @@ def test_no_more_keyframes_than_allowed_in_memory_and_file(open_database: Open, 
             database.close()
             database = open_database("tuesday")
         for seed in range(20):
-            query = rounded(describe(seed).descriptor)
+            query = describe(seed).descriptor
             alike = similarities(query, rounded(np.stack([descriptors[i] for i in kept])))
             expected = [kept[row] for row in np.argsort(-alike)[:5]]
             assert [i for i, _ in database.search(query, 5, 0, 0)] == expected

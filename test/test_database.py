@@ -169,7 +169,7 @@ def test_search_equals_brute_force(open_database: Open, reopened: bool) -> None:
     if not reopened:
         assert len(database) == len(stored)
     for _ in range(60):
-        query = rounded(describe(int(rng.integers(1 << 30))).descriptor)
+        query = describe(int(rng.integers(1 << 30))).descriptor
         k = int(rng.choice([1, 3, 10, 1000]))
         stamp = int(rng.integers(-20 * SECOND, 120 * SECOND))
         gap = int(rng.choice([0, 1, 10 * SECOND, 200 * SECOND]))
@@ -346,7 +346,7 @@ def test_keyframes_of_wholes_alone_are_found(open_database: Open) -> None:
     views = [describe(i) for i in range(5)]
     for i, view in enumerate(views):
         database.add(i, replace(view, descriptor=view.descriptor[:1]))
-    query = rounded(describe(9).descriptor[:1])
+    query = describe(9).descriptor[:1]
     wholes = rounded(np.stack([view.descriptor[:1] for view in views]))[:, 0] @ query[0]
     for _ in range(2):
         found = database.search(query, 5, 9, 0)
