@@ -46,6 +46,7 @@ def test_the_index_finds_what_is_most_alike(
     parts: int, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vpr_lite_ros.descriptors.MANY", many)
+    monkeypatch.setattr("vpr_lite_ros.descriptors.MORE", 300)  # as many as there are
     rng = np.random.default_rng(1)
     index, known = DescriptorIndex(16), _descriptors(300, parts, 16)
     for first in range(0, 300, 70):
