@@ -134,7 +134,7 @@ def precision_recall(curves: Record, evaluation: Record) -> str:
 def scores(histograms: Record) -> str:
     """How similarity, match score and the rest are spread over true and false candidates."""
     names = {
-        "similarity": "similarity of the whole pictures", "match_score": "match score",
+        "similarity": "similarity of the pictures", "match_score": "match score",
         "agreement": "matches that agree", "correlation": "matches that correlate",
         "confidence": "confidence",
     }  # fmt: skip
