@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import faiss
 import numpy as np
 import pytest
 from keyframes import rounded
@@ -84,6 +85,28 @@ def test_what_no_proposal_has_is_not_found(monkeypatch: pytest.MonkeyPatch) -> N
         assert [s for _, s in found] == pytest.approx([alike[row] for row, _ in found], abs=1e-6)
         shares.append(len(best & {row for row, _ in found}))
     assert shares[0] <= shares[1] <= shares[2] == 10
+
+
+def test_searches_leave_faiss_its_threads() -> None:
+    """For thinning a full database it takes all; here it would wait for them."""
+    index, used = DescriptorIndex(16), []
+
+    class Watched:
+        def __init__(self, half: faiss.Index) -> None:
+            self.half, self.d = half, half.d
+
+        def search(self, *asked: object, **how: object) -> object:
+            used.append(faiss.omp_get_max_threads())
+            return self.half.search(*asked, **how)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.half, name)
+
+    before = faiss.omp_get_max_threads()
+    index.add(_descriptors(30, 3, 16))
+    index._parts = [(Watched(principal), rest) for principal, rest in index._parts]
+    index.search(_descriptors(1, 3, 16)[0], 5, np.ones(30, np.bool_))
+    assert used == [1, 1, 1] and faiss.omp_get_max_threads() == before
 
 
 def test_bytes_are_near_enough() -> None:
