@@ -347,6 +347,7 @@ def test_a_garbled_card_is_refused(bundle_copy: Path, text: str, complaint: str)
         {"image_size": [640]},
         {"image_size": "large"},
         {"dimension": "many"},
+        {"parts": 2},
         {"max_patches": None},
         {"name": None},
     ],

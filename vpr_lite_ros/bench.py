@@ -33,6 +33,7 @@ from vpr_lite_ros.inference import (
     PLACE_GRAPH,
     TENSORRT,
     BackendError,
+    Bundle,
     Description,
     PlaceModel,
     load_bundle,
@@ -100,7 +101,7 @@ def bench(bundle: Path, output: Path, *, top_k: int, repeats: int, with_baseline
             found = process.submit(_bench_backend, bundle, backend, top_k, repeats).result()
         if found:
             report["backends"][backend] = found
-    report["search"] = _bench_search(load_bundle(bundle).dimension, repeats)
+    report["search"] = _bench_search(load_bundle(bundle), repeats)
     report["baseline"] = _bench_baseline(max(2, repeats // 10)) if with_baseline else {}
     if with_baseline:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -168,22 +169,22 @@ def _keyframe(
             return _percentiles(verified[-repeats:]), total
 
 
-def _bench_search(dimension: int, repeats: int) -> Record:
+def _bench_search(bundle: Bundle, repeats: int) -> Record:
     """Milliseconds to search that many keyframes."""
     rng = np.random.default_rng(0)
     found: Record = {}
     database = KeyframeDatabase(
-        "", model_id="bench", dimension=dimension, max_patches=0, session="bench"
+        "", model_id="bench", dimension=bundle.dimension, max_patches=0, session="bench"
     )
     nothing = Description(
-        np.zeros((3, dimension), np.float32),
-        np.zeros((0, dimension), np.float16),
+        np.zeros((bundle.parts, bundle.dimension), np.float32),
+        np.zeros((0, bundle.dimension), np.float16),
         np.zeros((0, 2), np.float32),
     )
     with closing(database):
         for count in SEARCHED:
             while len(database) < count:
-                vectors = rng.standard_normal((3, dimension)).astype(np.float32)
+                vectors = rng.standard_normal(nothing.descriptor.shape).astype(np.float32)
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
                 database.add(len(database) * 10**9, replace(nothing, descriptor=vectors))
 

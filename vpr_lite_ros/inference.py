@@ -117,7 +117,7 @@ class PlaceModel:
             self._change_to(*offered, image[None])
         out = self._place.infer({"image": image[None]})
         return Description(
-            descriptor=out["descriptor"].reshape(-1, self.bundle.dimension),
+            descriptor=out["descriptor"].reshape(self.bundle.parts, self.bundle.dimension),
             tokens=out["tokens"][0].astype(np.float16, copy=False),
             centres=out["centres"][0],
         )
@@ -281,6 +281,8 @@ def load_bundle(path: Path) -> Bundle:
         name = str(card["name"])
         dimension, max_patches = int(card["dimension"]), int(card["max_patches"])
         parts = int(card.get("parts", 1))
+        if parts not in (1, 3):
+            raise ValueError(f"parts is {parts}, not 1 or 3")
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
             f"{card_file} lacks or garbles an entry ({error}): export the model again"

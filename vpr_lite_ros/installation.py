@@ -369,7 +369,11 @@ _TRY_MODEL = """
             "open_s": opened - began,
             "ms": 1e3 * float(numpy.median(times[1:])),
             "finite": all(bool(numpy.isfinite(part).all()) for part in parts),
-            "descriptor": [float(value) for value in description.descriptor[0]],
+            # Those of all parts as one, of length 1.
+            "descriptor": [
+                float(value) / len(description.descriptor) ** 0.5
+                for value in description.descriptor.ravel()
+            ],
         }
     except inference.BackendError as error:
         answer = {"error": str(error), "refused": True}

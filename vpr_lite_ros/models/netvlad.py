@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 PATCH_SIZE = 2
 """Side of a patch in cells of the feature map; stride 1, no padding, one scale."""
-
-
 SIDE = 0.6
 """Share of the image's width that its left and its right part each have."""
 
